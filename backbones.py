@@ -1,0 +1,218 @@
+"""One function from a name to a backbone: images (B, C, h, w) -> features (B, D), with D in `.embed_dim`.
+
+    build_backbone("vit_small", img_size=224, patch_size=16)
+    build_backbone("resnet8", img_size=32, width=256)         # the paper's CIFAR-100 backbone
+    build_backbone("convnext_tiny")                           # any name that `timm.list_models()` prints
+
+No weights are loaded or downloaded here; `features.load_pretrained` reads files.
+"""
+
+import argparse
+import difflib
+import re
+
+import timm
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import vision_transformer
+from utils import UserError
+
+ARCHS = (*vision_transformer.ARCHS, "resnet8", "resnet18")
+RESNET8_WIDTH = 128  # Table 5 of arXiv 2410.04959 leaves it open: 128 in its runs, 256 for CIFAR-100
+VIT_DROP_PATH_RATE = 0.1  # DINO's
+
+
+def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `build_backbone` takes; names and defaults are DINO's."""
+    parser.add_argument(
+        "--arch",
+        default="vit_small",
+        metavar="NAME",
+        help=f"backbone: {', '.join(ARCHS)}, or any timm name. resnet8 and resnet18 are for images of about 32 px "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--patch_size",
+        type=int,
+        default=16,
+        help="side of a ViT's patches in pixels; 8 is better and about 5 times slower; for 32 px images use 4 "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drop_path_rate",
+        type=float,
+        default=None,
+        help=f"stochastic depth; lower it for short runs (default: {VIT_DROP_PATH_RATE} for the ViTs, else 0)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=None,
+        help=f"channels of resnet8 (default: {RESNET8_WIDTH}; the paper's CIFAR-100 runs: 256)",
+    )
+    parser.add_argument(
+        "--grad_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="recompute activations in the backward pass: much less memory for about a third more time",
+    )
+
+
+def build_backbone(
+    arch: str,
+    img_size: int = 224,
+    patch_size: int = 16,
+    in_chans: int = 3,
+    drop_path_rate: float | None = 0.0,
+    width: int | None = None,
+    grad_checkpointing: bool = False,
+) -> nn.Module:
+    """A randomly initialised backbone whose forward maps images (B, in_chans, img_size, img_size) to (B, embed_dim).
+
+    arch: one of `ARCHS`, or any timm model name. `resnet18` is the CIFAR variant below, not timm's.
+    img_size: pixels; ViTs take other multiples of patch_size too, with interpolated position embeddings.
+    patch_size: pixels; read by the ViTs of `ARCHS` only, a timm name holds its own.
+    drop_path_rate: stochastic depth in [0, 1); None means 0.1 for the ViTs of `ARCHS` and 0 for the others.
+    width: channels of resnet8, its embed_dim; None means 128.
+    grad_checkpointing: recompute activations in the backward pass.
+    Raises UserError for an unknown name (with the close ones) and for a setting that the backbone has no use for.
+    """
+    if drop_path_rate is None:
+        drop_path_rate = VIT_DROP_PATH_RATE if arch in vision_transformer.ARCHS else 0.0
+    if not 0 <= drop_path_rate < 1:
+        raise UserError(f"--drop_path_rate {drop_path_rate} is not in [0, 1)")
+    if width is not None and arch != "resnet8":
+        raise UserError(f"--width {width} is for --arch resnet8; {arch} has its own")
+    if width is not None and width < 1:
+        raise UserError(f"--width {width} is not a number of channels")
+    if arch in vision_transformer.ARCHS:
+        return _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing)
+    if arch in ("resnet8", "resnet18"):
+        if drop_path_rate:
+            raise UserError(f"--drop_path_rate {drop_path_rate}: {arch} has no stochastic depth, leave it at 0")
+        if grad_checkpointing:
+            raise UserError(f"--grad_checkpointing: {arch} does not offer it")
+        return ResNet8(in_chans, width or RESNET8_WIDTH) if arch == "resnet8" else resnet18(in_chans)
+    return _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing)
+
+
+def _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing):
+    if patch_size < 1 or img_size % patch_size:
+        raise UserError(f"--img_size {img_size} is not a multiple of --patch_size {patch_size}")
+    return getattr(vision_transformer, arch)(
+        patch_size=patch_size,
+        img_size=img_size,
+        in_chans=in_chans,
+        drop_path_rate=drop_path_rate,
+        grad_checkpointing=grad_checkpointing,
+    )
+
+
+class ResNet8(nn.Module):
+    """The paper's ResNet-8 (Table 5 of arXiv 2410.04959): four residual blocks of two 3x3 convolutions, no batch norm.
+
+    in_chans -> F at half the resolution; F -> F at a quarter; twice F -> F; mean over all pixels. Every convolution
+    has stride 1, padding 1 and a bias. embed_dim = F. 1 037 184 parameters at F = 128 and 3 channels.
+
+    The table lists layers, not how they are wired. Chosen, after the SNGAN discriminator (Miyato et al. 2018), whose
+    layers these are: the 1x1 convolution of the first block is its shortcut, on the average-pooled image; the other
+    shortcuts have no parameters, and the second block's is average-pooled as its main path is. The table prints no
+    activation before the final pooling (SNGAN has one), so there is none. Initialisation is PyTorch's.
+    """
+
+    def __init__(self, in_chans: int = 3, width: int = RESNET8_WIDTH):
+        super().__init__()
+        self.embed_dim = width
+        self.block1 = ImageBlock(in_chans, width)
+        self.block2 = ResidualBlock(width, pool=True)
+        self.block3 = ResidualBlock(width)
+        self.block4 = ResidualBlock(width)
+
+    def forward(self, x):
+        """Images (B, C, h, w), h and w at least 4, -> (B, F)."""
+        x = self.block2(self.block1(x))  # (B, F, h/4, w/4)
+        return self.block4(self.block3(x)).mean(dim=(2, 3))
+
+
+class ImageBlock(nn.Module):
+    """The first block: no activation before its first convolution, which reads pixels."""
+
+    def __init__(self, in_chans, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_chans, width, 1)
+
+    def forward(self, x):
+        main = self.conv2(F.leaky_relu(self.conv1(x), 0.2))
+        return F.avg_pool2d(main, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after its activation, beside an identity; both average-pooled by 2 where `pool` is set."""
+
+    def __init__(self, width, pool=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.pool = pool
+
+    def forward(self, x):
+        x = x + self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, 0.2)), 0.2))
+        return F.avg_pool2d(x, 2) if self.pool else x
+
+
+def resnet18(in_chans: int = 3) -> nn.Module:
+    """ResNet-18 for small images: torchvision's, its stem one 3x3 convolution of stride 1, no max pooling; D = 512."""
+    model = torchvision.models.resnet18(weights=None)
+    model.conv1 = nn.Conv2d(in_chans, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's other layers
+    model.maxpool = nn.Identity()
+    model.embed_dim = model.fc.in_features
+    model.fc = nn.Identity()
+    return model
+
+
+def _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing):
+    if not timm.is_model(arch):
+        raise UserError(f"--arch {arch} is unknown; {_close_names(arch)}, or a name that timm.list_models() prints")
+    model = _create_timm(arch, img_size, in_chans, drop_path_rate)
+    if drop_path_rate and not any(getattr(module, "drop_prob", None) for module in model.modules()):
+        raise UserError(f"--drop_path_rate {drop_path_rate}: {arch} has no stochastic depth, leave it at 0")
+    if grad_checkpointing:
+        _enable_grad_checkpointing(model, arch)
+    model.embed_dim = getattr(model, "head_hidden_size", model.num_features)  # width after the model's own pooling
+    return model
+
+
+def _create_timm(arch, img_size, in_chans, drop_path_rate):
+    required = {"in_chans": in_chans, "drop_path_rate": drop_path_rate or None}  # timm drops what is None
+    optional = {"img_size": img_size, "dynamic_img_size": True}  # only its constructor knows whether it takes them
+    while True:
+        try:
+            return timm.create_model(arch, pretrained=False, num_classes=0, **required, **optional)
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if refused and refused[1] in optional:
+                del optional[refused[1]]
+            elif refused and refused[1] in required:
+                raise UserError(f"--{refused[1]} {required[refused[1]]}: {arch} does not take it") from error
+            else:
+                raise
+        except AssertionError as error:
+            raise UserError(f"{arch} cannot be built for --img_size {img_size}: {error}") from error
+
+
+def _enable_grad_checkpointing(model, arch):
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm's ways of saying that a model has none
+        raise UserError(f"--grad_checkpointing: {arch} does not offer it") from error
+
+
+def _close_names(arch):
+    names = [*ARCHS, *timm.list_models()]
+    close = difflib.get_close_matches(arch, names, n=4, cutoff=0.6)
+    return f"close: {', '.join(close)}" if close else f"ours: {', '.join(ARCHS)}"

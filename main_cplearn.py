@@ -1,0 +1,703 @@
+"""Pretrain a backbone without labels by CPLearn (arXiv 2410.04959).
+
+    python main_cplearn.py --arch vit_tiny --patch_size 7 --output_dir runs/try            # Fashion-MNIST, one process
+    torchrun --nproc_per_node=8 main_cplearn.py --arch vit_small --out_dim 131072 \\
+        --dataset imagefolder --data_path /data/imagenet --class_list imagenet100_classes.txt --output_dir runs/in100
+
+Two views of each image go through the backbone and the head; the head's frozen dictionary of K bipolar codes turns each
+embedding into a distribution p over codes; the loss asks the views of an image to agree and all images together to use
+all codes alike. No teacher, no stop-gradient, no centering. The equation is `cplearn_loss` in cplearn_head.py.
+
+The same command again goes on where the run was, bit for bit.
+
+    B images per process, V views of each (G = 2 global crops, then local ones), D backbone width, N = B x processes
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.optim import Lars
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+from backbones import add_backbone_arguments, build_backbone
+from cplearn_head import ACTIVATIONS, PRIORS, CPLearn, CPLearnHead
+from eval_knn import knn_accuracy
+from features import PRECISIONS, extract_features
+from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb
+from utils import (
+    Agreement,
+    ArgumentParser,
+    UserError,
+    all_gather_rows,
+    catch_signals,
+    command_line,
+    convert_sync_batchnorm,
+    cosine_schedule,
+    init_distributed,
+    load_checkpoint,
+    parameter_groups,
+    rank,
+    save_checkpoint,
+    seed_everything,
+    world_size,
+)
+
+FORMAT = "cplearn 1"
+NUM_GLOBAL = 2  # global crops, as in DINO and the paper
+GO_ON, SAVE, SAVE_AND_STOP = range(3)  # what the processes agree on after each step
+
+
+def get_args_parser():
+    parser = ArgumentParser("main_cplearn.py", description="Pretrain a backbone without labels by CPLearn.")
+    data.add_dataset_arguments(parser)
+    data.add_augmentation_arguments(parser)
+    add_backbone_arguments(parser)
+    add_method_arguments(parser)
+    add_optimization_arguments(parser)
+    add_run_arguments(parser)
+    return parser
+
+
+def add_method_arguments(parser):
+    group = parser.add_argument_group("method")
+    group.add_argument("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
+    group.add_argument("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
+    group.add_argument(
+        "--activation",
+        choices=ACTIVATIONS,
+        default="l2",
+        help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh is what the paper's experiments used",
+    )
+    group.add_argument("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
+    group.add_argument("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
+    group.add_argument(
+        "--prior_scope",
+        choices=("global", "local"),
+        default="global",
+        help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
+    )
+    group.add_argument("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
+
+
+def add_optimization_arguments(parser):
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size_per_gpu", type=int, default=64, help="images per process; also fixes tau for tanh")
+    group.add_argument("--epochs", type=int, default=100)
+    group.add_argument(
+        "--max_steps", type=int, default=None, help="end (and anneal) after so many steps, for trying things"
+    )
+    group.add_argument("--warmup_epochs", type=float, default=10, help="linear warm-up of the learning rate")
+    group.add_argument("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
+    group.add_argument("--lr", type=float, default=5e-4, help="learning rate per 256 images, after the warm-up")
+    group.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end; not scaled")
+    group.add_argument("--weight_decay", type=float, default=0.04, help="not on biases, norms, cls_token and pos_embed")
+    group.add_argument("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
+    group.add_argument("--clip_grad", type=float, default=3.0, help="largest global gradient norm; 0: no clipping")
+    group.add_argument(
+        "--precision",
+        choices=("bf16", "fp16", "fp32"),
+        default=None,
+        help="of the backbone; the loss is always fp32 (default: bf16 where the hardware has it, else fp32)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the backbone: pays on GPUs; on CPU a minute of compiling buys a few percent",
+    )
+
+
+def add_run_arguments(parser):
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes"
+    )
+    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--resume", default=None, metavar="PATH", help="checkpoint to go on from (default: the output_dir's)"
+    )
+    group.add_argument(
+        "--no-resume", dest="no_resume", action="store_true", help="start anew; an earlier run's files are kept"
+    )
+    group.add_argument(
+        "--allow_changed_flags",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="go on although flags that change the result differ from the checkpoint's",
+    )
+    group.add_argument("--save_every_minutes", type=float, default=10, help="at most this much work is ever lost")
+    group.add_argument(
+        "--saveckp_freq", type=int, default=20, help="keep checkpoint0020.pth, ... every so many epochs; 0: none"
+    )
+    group.add_argument(
+        "--log_every", type=int, default=50, help="steps per logged line; each costs one wait for the device"
+    )
+    group.add_argument(
+        "--knn_every", type=int, default=0, help="k-NN accuracy every so many epochs, where labels are; 0: never"
+    )
+
+
+@dataclass
+class Run:
+    """What a run is made of; `step`, the number of steps done, is passed from hand to hand."""
+
+    args: argparse.Namespace
+    device: torch.device
+    loader: data.TrainLoader
+    model: "Model"
+    forward: nn.Module  # the model, wrapped for several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    total_steps: int
+    recorder: Recorder = field(default_factory=Recorder)
+    agreement: Agreement = field(default_factory=Agreement)
+    log: RunLog = None
+    signals: list = None  # received so far
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def train(args):
+    """Pretrain from start (or from the run's checkpoint) to end; returns the number of steps done.
+
+    Raises UserError for flags and files that cannot work, NonFiniteLoss, and SystemExit after a signal."""
+    run = build_run(args)
+    step = resume(run)
+    run.log = RunLog(args.output_dir, step, run.total_steps)
+    describe(run, step)
+    with catch_signals(signal.SIGTERM, signal.SIGINT) as run.signals:
+        while step < run.total_steps:
+            step = train_one_epoch(run, step)
+            finish_epoch(run, step)
+    run.agreement.settle()
+    run.log.say(f"done: {step} steps; {checkpoint_path(args)}")
+    run.log.close()
+    return step
+
+
+def train_one_epoch(run, step):
+    """From global step `step` to the end of its epoch (or of the run); returns the step reached."""
+    epoch, first = divmod(step, run.loader.steps_per_epoch)
+    last = min((epoch + 1) * run.loader.steps_per_epoch, run.total_steps)
+    if first == 0:
+        run.model.objective.start_epoch()
+    run.model.train()
+    clock = Clock()
+    for batch in clock.waiting(run.loader.epoch(epoch, first)):
+        features = train_one_step(run, batch, step)
+        step += 1
+        if step % run.args.log_every == 0 or step == last:
+            log_step(run, step, features, clock)
+        action = run.agreement.agree(wish(run))
+        if action:
+            save(run, step)
+        if action == SAVE_AND_STOP:
+            stop(run, step)
+        if step == last:
+            break
+    return step
+
+
+def train_one_step(run, batch, step):
+    """One step of the optimizer; returns this process's features of the global crops, (2B, D)."""
+    seed_everything(
+        run.args.seed, step, rank()
+    )  # for drop path and pixel noise: a function of the step, not of history
+    set_schedules(run, step)
+    views = run.loader.augment(batch, run.device)  # V x (B, C, h, w)
+    run.model.objective.before_step(step)
+    loss, terms, features = run.forward(views)
+    run.scaler.scale(loss).backward()
+    grad_norm = update_weights(run)
+    run.model.objective.after_step(step)
+    run.recorder.record(step, loss=loss, **terms, grad_norm=grad_norm)
+    run.log.advance()
+    return features
+
+
+class Model(nn.Module):
+    """Backbone and objective in one forward pass, so that DDP averages the gradients of both."""
+
+    def __init__(self, backbone, objective, precision):
+        super().__init__()
+        self.backbone, self.objective, self.precision = backbone, objective, precision
+
+    def forward(self, views):
+        """V x (B, C, h, w), global crops first -> loss, terms, and the global crops' features (2B, D) without gradient."""
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(views[0].device.type, dtype, enabled=dtype is not None):
+            # one pass per resolution; crops of one size stand together
+            sizes = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape[-2:])]
+            features = [f for group in sizes for f in self.backbone(torch.cat(group)).chunk(len(group))]
+        features = [f.float() for f in features]  # V x (B, D); the head and the loss are float32
+        loss, terms = self.objective(features)
+        return loss, terms, torch.cat(features[:NUM_GLOBAL]).detach()
+
+
+def set_schedules(run, step):
+    args = run.args
+    lr = cosine_schedule(step, run.total_steps, peak_lr(args), args.min_lr, warmup_steps(run))
+    weight_decay = cosine_schedule(step, run.total_steps, args.weight_decay, args.weight_decay_end)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
+
+
+def peak_lr(args):
+    return args.lr * effective_batch(args) / 256
+
+
+def warmup_steps(run):
+    """A run shorter than its warm-up (or nearly) warms up for a tenth of its steps."""
+    asked = round(run.args.warmup_epochs * run.loader.steps_per_epoch)
+    return asked if asked < run.total_steps else run.total_steps // 10
+
+
+def update_weights(run):
+    """Clip and step, unless the gradient is not finite; returns its global norm, on the device."""
+    optimizer, scaler = run.optimizer, run.scaler
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad or math.inf)
+    finite = torch.isfinite(grad_norm)  # the same on all processes: DDP has averaged the gradients
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # skips an overflow and lowers the scale
+        scaler.update()
+    elif run.args.optimizer == "adamw":
+        optimizer.found_inf = (~finite).float()  # fused kernels then leave the weights alone, and nobody waits
+        optimizer.step()
+    elif finite:  # sgd and lars have no such switch: one wait per step
+        optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+# ---- what a run shows ------------------------------------------------------------------------------------------------
+
+
+def log_step(run, step, features, clock):
+    """Averages since the last line, and what this step's features look like: the one wait for the device."""
+    run.recorder.read(may_overflow=may_overflow(run))
+    num_steps, averages = run.recorder.line.count, run.recorder.line.take()
+    images = effective_batch(run.args)
+    features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.args.batch_size_per_gpu))
+    line = {
+        **log_head("step", run, step, averages),
+        **feature_statistics(features.flatten(0, 2)),
+        **run.model.objective.statistics(features[:, 0].flatten(0, 1), averages),
+        "images_in_epoch": ((step - 1) % run.loader.steps_per_epoch + 1) * images,
+        "bad_images": count_bad_images(run),
+        "images_per_s": num_steps * images / clock.elapsed(),
+        "data_wait": clock.waited / clock.elapsed(),  # share of the time
+        "memory_mb": memory_mb(),
+    }
+    clock.restart()
+    run.log.write(line)
+    run.log.warn(diagnose(line), run.model.objective.advice)
+
+
+def log_head(kind, run, step, averages):
+    """What both kinds of lines in log.txt begin with, under DINO's names."""
+    return {
+        "kind": kind,
+        "step": step,
+        "epoch": (step - 1) // run.loader.steps_per_epoch,
+        **{f"train_{name}": value for name, value in averages.items()},
+        "train_lr": run.optimizer.param_groups[0]["lr"],
+        "train_wd": run.optimizer.param_groups[0]["weight_decay"],
+    }
+
+
+def count_bad_images(run):
+    """Files that could not be read in this epoch, over all processes. Raises UserError above --max_bad_images."""
+    total = torch.tensor(run.loader.num_bad_images)
+    dist.all_reduce(total)
+    run.loader.check_bad_images(int(total))
+    return int(total)
+
+
+def may_overflow(run):
+    return ("grad_norm",) if run.scaler.is_enabled() else ()
+
+
+def finish_epoch(run, step):
+    """k-NN where it is asked for, the epoch's line, and its checkpoint."""
+    args, epoch = run.args, (step - 1) // run.loader.steps_per_epoch
+    run.recorder.read(may_overflow=may_overflow(run))
+    line = log_head("epoch", run, step, run.recorder.epoch.take())
+    last = step == run.total_steps
+    if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
+        line |= knn(run)
+    run.log.write(line)
+    save(run, step)
+    if args.saveckp_freq and rank() == 0 and ((epoch + 1) % args.saveckp_freq == 0 or last):
+        keep_copy(checkpoint_path(args), f"checkpoint{epoch + 1:04d}.pth")
+
+
+def knn(run):
+    """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
+    matrices = {}
+    for split in ("train", "val"):
+        images = data.open_dataset(run.args, split)
+        settings = {name: getattr(run.args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
+        batches = data.eval_batches(
+            images, batch_size=run.args.batch_size_per_gpu, rank=rank(), world_size=world_size(), **settings
+        )
+        features, _ = extract_features(run.model.backbone, batches, len(images), run.device, run.args.precision)
+        matrices[split] = features, torch.as_tensor(images.labels)
+    scores = knn_accuracy(*matrices["train"], *matrices["val"], ks=(20,))
+    run.log.say(f"k-NN (k = 20) on {len(matrices['val'][1])} images: {scores[20]['top1']:.2f} %")
+    return {"knn_top1": scores[20]["top1"]}
+
+
+def describe(run, step):
+    """State what was derived from the flags, before the first step."""
+    args, model, say = run.args, run.model, run.log.say
+    groups = {group["decayed"]: sum(p.numel() for p in group["params"]) for group in run.optimizer.param_groups}
+    say(f"commit {commit()}; {torch.__version__=!s}; {run.device}, {world_size()} processes, {args.precision}")
+    say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
+        f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
+    say(f"backbone: {args.arch}, D = {model.backbone.embed_dim}, "
+        f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
+    for text in model.objective.describe():
+        say(text)
+    say(f"effective batch {effective_batch(args)} = {args.batch_size_per_gpu} x {world_size()}; "
+        f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} warm-up steps; "
+        f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
+    if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
+        say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
+    start = f"resuming at step {step}" if step else "starting"
+    say(f"{start}: {run.total_steps} steps in all; run folder {args.output_dir}")
+
+
+def commit():
+    """The commit of this code, with a mark where files differ from it; "unknown" outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class Clock:
+    """Time since the last logged line, and the share of it spent waiting for data. Seconds."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.start, self.waited = time.monotonic(), 0.0
+
+    def elapsed(self):
+        return time.monotonic() - self.start
+
+    def waiting(self, iterator):
+        """Pass items through and count the time until each is there."""
+        iterator = iter(iterator)
+        while True:
+            before = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - before
+            yield item
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(args):
+    return Path(args.output_dir) / "checkpoint.pth"
+
+
+def wish(run):
+    """What this process would like all of them to do now."""
+    if run.signals:
+        return SAVE_AND_STOP
+    due = rank() == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_every_minutes
+    return SAVE if due else GO_ON
+
+
+def save(run, step):
+    """Write checkpoint.pth from rank 0. A run that cannot write it says so and goes on; the next one may succeed."""
+    run.recorder.read(may_overflow=may_overflow(run))  # on all processes: a loss that is not finite is never saved
+    run.saved_at = time.monotonic()
+    if rank() != 0:
+        return
+    try:
+        save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
+    except OSError as error:
+        if step == run.total_steps or run.signals:
+            raise RunFailed(f"step {step}: {error}") from None
+        run.log.say(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
+
+
+class RunFailed(UserError):
+    exit_code = 1
+
+
+def stop(run, step):
+    """End after a signal: the checkpoint is written."""
+    run.agreement.settle()
+    run.log.say(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
+    run.log.close()
+    raise SystemExit(128 + (run.signals[0] if run.signals else signal.SIGTERM))
+
+
+def checkpoint_state(run, step):
+    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once."""
+    head, rest = split_state(run.model.objective.state_dict())
+    weights = {f"backbone.{k}": v for k, v in run.model.backbone.state_dict().items()}
+    weights |= {f"head.{k}": v for k, v in head.items()}
+    return {
+        "format": FORMAT,
+        "student": weights,
+        "teacher": weights,
+        "objective": rest,
+        "optimizer": run.optimizer.state_dict(),
+        "fp16_scaler": run.scaler.state_dict(),
+        "recorder": run.recorder.state_dict(),
+        "epoch": step // run.loader.steps_per_epoch,  # the one to go on with, as in DINO's files
+        "step": step,
+        "args": checkpoint_args(run.args),
+        "world_size": world_size(),
+        "fingerprint": run.loader.images.fingerprint,
+        "commit": commit(),
+    }
+
+
+def checkpoint_args(args):
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+
+
+def split_state(state):
+    """An objective's state dict -> (its head's, the rest)."""
+    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    return head, {k: v for k, v in state.items() if not k.startswith("head.")}
+
+
+def keep_copy(path, name):
+    """A hard link where the file system has them: a later checkpoint.pth is a new file, so this one stays as it is."""
+    copy = path.with_name(name)
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copyfile(path, copy)
+
+
+def resume(run):
+    """Load --resume or the output folder's checkpoint, if there is one; returns the step to go on from."""
+    args, path = run.args, checkpoint_path(run.args)
+    if args.no_resume:
+        if rank() == 0:
+            set_aside(Path(args.output_dir))
+        dist.barrier()
+        return 0
+    if args.resume is None and not path.exists():
+        return 0
+    path = args.resume or path
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
+        )
+    check_same_run(run, state, path)
+    weights = state["student"]
+    run.model.backbone.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
+    head = {k: v for k, v in weights.items() if k.startswith("head.")}
+    run.model.objective.load_state_dict({**state["objective"], **head})
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["fp16_scaler"])
+    run.recorder.load_state_dict(state["recorder"])
+    return state["step"]
+
+
+# flags that another machine or another mood may change without changing the result
+FREE_FLAGS = {
+    "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags", "save_every_minutes",
+    "saveckp_freq", "log_every", "knn_every", "max_bad_images", "compile", "grad_checkpointing", "batch_size_per_gpu",
+}  # fmt: skip
+
+
+def check_same_run(run, state, path):
+    """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
+    then, now = state["args"], checkpoint_args(run.args)
+    changes = [f"--{k} {then.get(k)} -> {now[k]}" for k in sorted(now.keys() - FREE_FLAGS) if then.get(k) != now[k]]
+    batch_then = then["batch_size_per_gpu"] * state["world_size"]
+    if batch_then != effective_batch(run.args):
+        changes.append(f"effective batch {batch_then} -> {effective_batch(run.args)}")
+    if state["fingerprint"] != run.loader.images.fingerprint:
+        changes.append(f"the data set's content {state['fingerprint']} -> {run.loader.images.fingerprint}")
+    if changes and not run.args.allow_changed_flags:
+        raise UserError(
+            f"{path} is from a run with other settings: {'; '.join(changes)}; give the same flags, "
+            "--allow_changed_flags to go on all the same, or another --output_dir"
+        )
+
+
+def set_aside(folder):
+    """Rename an earlier run's files to *.old1, *.old2, ...: nothing already saved is ever lost."""
+    names = [p.name for p in folder.glob("checkpoint*.pth")] + ["log.txt", "loss.png"]
+    number = next(n for n in itertools.count(1) if not any((folder / f"{name}.old{n}").exists() for name in names))
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder / name, folder / f"{name}.old{number}")
+
+
+# ---- what a run is made of -------------------------------------------------------------------------------------------
+
+
+def build_run(args):
+    device = init_distributed(args.device)
+    check_arguments(args, device)
+    make_folder(args.output_dir)
+    images = data.open_dataset(args, "train")
+    if args.knn_every:
+        check_labels(args, images)
+    loader = data.TrainLoader(images, args, args.batch_size_per_gpu, rank(), world_size())
+    seed_everything(args.seed)
+    model = build_model(args).to(device)
+    return Run(
+        args,
+        device,
+        loader,
+        model,
+        forward=wrap(model, device, args.compile),
+        optimizer=build_optimizer(args, model),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
+        total_steps=min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize),
+    )
+
+
+def build_model(args):
+    backbone = build_backbone(
+        args.arch,
+        args.img_size,
+        args.patch_size,
+        args.in_chans,
+        args.drop_path_rate,
+        args.width,
+        args.grad_checkpointing,
+    )
+    head = CPLearnHead(
+        backbone.embed_dim, args.out_dim, args.proj_dim, args.activation, args.batch_size_per_gpu, args.eps, args.seed
+    )
+    objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope)
+    return convert_sync_batchnorm(Model(backbone, objective, args.precision))
+
+
+def wrap(model, device, compiled):
+    if compiled:
+        model.backbone.compile()
+    if world_size() == 1:
+        return model
+    # buffers need no broadcast: batch norm is synchronised, and the dictionary never changes
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def build_optimizer(args, model):
+    groups = parameter_groups(model)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    return Lars(groups, lr=0.0, momentum=0.9)
+
+
+def effective_batch(args):
+    return args.batch_size_per_gpu * world_size()
+
+
+def check_arguments(args, device):
+    """Fill in what depends on the data set and the device, and refuse what cannot work."""
+    data.resolve_dataset_defaults(args)
+    if args.precision is None:
+        args.precision = "bf16" if has_bf16(device) else "fp32"
+    if args.precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
+    positive = ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every")
+    for name in positive + ("max_steps", "proj_dim"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: expected a number above 0")
+    for name in ("beta", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "save_every_minutes",
+                 "saveckp_freq", "knn_every", "seed"):  # fmt: skip
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
+
+
+def has_bf16(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_labels(args, images):
+    if images.labels is None or data.open_dataset(args, "val").labels is None:
+        raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
+
+
+def make_folder(folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output_dir {folder}: cannot be written to")
+
+
+# flags of DINO's training that have no meaning here, and what to do instead
+DINO_ONLY = {
+    "--momentum_teacher": "there is no teacher",
+    "--teacher_temp": "there is no teacher; tau follows from --out_dim and the batch size",
+    "--warmup_teacher_temp": "there is no teacher",
+    "--warmup_teacher_temp_epochs": "there is no teacher",
+    "--norm_last_layer": "the last layer is a frozen dictionary",
+    "--freeze_last_layer": "the last layer is a frozen dictionary",
+    "--use_bn_in_head": "the head always has batch norm",
+    "--use_fp16": "use --precision bf16, fp16 or fp32",
+    "--batch_size": "use --batch_size_per_gpu",
+    "--dist_url": "use torchrun, which sets MASTER_ADDR and MASTER_PORT",
+    "--local_rank": "use torchrun, which sets LOCAL_RANK",
+    "--local-rank": "use torchrun, which sets LOCAL_RANK",
+}
+
+
+def parse_arguments(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag in DINO_ONLY:
+            raise UserError(f"{flag} has no meaning for CPLearn: {DINO_ONLY[flag]}")
+    return get_args_parser().parse_args(argv)
+
+
+@command_line
+def main(argv=None):
+    train(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    main()

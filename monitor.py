@@ -1,0 +1,282 @@
+"""What a run shows and writes down: logged lines, log.txt, TensorBoard events, loss.png, and warnings in words.
+
+Recorder    each step's numbers, kept on the device and read once per logged line
+RunLog      where they go: terminal, log.txt (JSON lines), TensorBoard; rank 0 only
+feature_statistics, rankme, diagnose, plot_log
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils import UserError, all_reduce_mean, rank
+
+MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe: its singular values take about 0.1 s on a CPU at D = 384
+
+
+class NonFiniteLoss(UserError):
+    exit_code = 1  # nothing was mistyped, and the same command again would meet the same number
+
+
+class Recorder:
+    """Averages of each step's numbers, over the steps since the last logged line and over the epoch.
+
+    `state_dict()` holds what a resumed run needs to log what the undisturbed run would have logged.
+    """
+
+    def __init__(self):
+        self.pending = []  # (step, tensor of its numbers) since the last read, on the device
+        self.line, self.epoch = Averages(), Averages()
+
+    def record(self, step, **numbers):
+        """Keep scalars of global step `step`; no wait for the device."""
+        self.names = list(numbers)
+        self.pending.append((step, torch.stack([x.detach().float() for x in numbers.values()])))
+
+    def read(self, may_overflow=()):
+        """Fetch what was recorded, averaged over processes: the one wait for the device. All processes call it together.
+
+        Raises NonFiniteLoss, on all of them, naming the first step and term that is not finite; `may_overflow` names
+        those that may be (fp16's gradient norm).
+        """
+        if not self.pending:
+            return
+        steps, rows = zip(*self.pending, strict=True)
+        self.pending = []
+        for step, row in zip(steps, all_reduce_mean(torch.stack(rows)).tolist(), strict=True):
+            numbers = dict(zip(self.names, row, strict=True))
+            # the loss is the sum of its terms: the term is the name that helps
+            for name in sorted(numbers, key=lambda n: n == "loss"):
+                if not math.isfinite(numbers[name]) and name not in may_overflow:
+                    raise NonFiniteLoss(
+                        f"step {step}: {name} is {numbers[name]}; the optimizer's step was not taken and the last "
+                        "checkpoint is good; lower --lr, or try --precision fp32"
+                    )
+            self.line.add(numbers)
+            self.epoch.add(numbers)
+
+    def state_dict(self):
+        return {"line": vars(self.line).copy(), "epoch": vars(self.epoch).copy()}
+
+    def load_state_dict(self, state):
+        vars(self.line).update(state["line"])
+        vars(self.epoch).update(state["epoch"])
+
+
+class Averages:
+    """Running means of named numbers."""
+
+    def __init__(self):
+        self.count, self.sums = 0, {}
+
+    def add(self, numbers):
+        self.count += 1
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in numbers.items()}
+
+    def take(self):
+        """The means so far; the next ones begin anew."""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.__init__()
+        return means
+
+
+class RunLog:
+    """Terminal, log.txt and TensorBoard of one run, continued at `step`. Silent on every rank but 0."""
+
+    def __init__(self, output_dir, step, total_steps):
+        self.folder, self.total_steps = Path(output_dir), total_steps
+        self.first_step, self.started = step, time.monotonic()
+        self.writer = self.bar = None
+        self.warned = set()
+        if rank() == 0:
+            drop_lines_after(self.folder / "log.txt", step)
+            self.writer = SummaryWriter(str(self.folder), purge_step=step)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def say(self, text):
+        """One line for people, above the progress bar."""
+        if rank() == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, found, advice):
+        """Say in words what `diagnose` found, each kind once until it is gone again."""
+        for kind, sentence in found:
+            if kind not in self.warned:
+                self.say(f"warning: step {self.step}: this looks like {sentence}; {advice.get(kind, 'see the README')}")
+        self.warned = {kind for kind, _ in found}
+
+    def advance(self):
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, line):
+        """Append a dict of numbers with "kind" ("step" or "epoch") and "step"; what is not finite becomes null."""
+        self.step = line["step"]
+        if rank() != 0:
+            return
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        with open(self.folder / "log.txt", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        if line["kind"] == "step":
+            self._show(line)
+        else:
+            plot_log(self.folder / "log.txt", self.folder / "loss.png")
+
+    def _show(self, line):
+        speed = f"{line['images_per_s']:.0f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {line['train_loss']:.4f}, {speed}", refresh=False)
+            return
+        names = ("train_loss", "train_invariance", "train_prior", "train_lr", "codes_used", "rankme")
+        shown = [f"{n.removeprefix('train_')} {line[n]:.4g}" for n in names if line.get(n) is not None]
+        left = (time.monotonic() - self.started) / (line["step"] - self.first_step) * (self.total_steps - line["step"])
+        self.say(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
+
+    def close(self):
+        for open_one in (self.bar, self.writer):
+            if open_one is not None:
+                open_one.close()
+
+
+def hours(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def read_log(path):
+    """The lines of a log.txt as dicts; a last line that a killed run left half written is passed over."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        for text in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+    return lines
+
+
+def drop_lines_after(path, step):
+    """Remove what a killed run logged after its last checkpoint: the resumed run writes it again."""
+    lines = read_log(path)
+    kept = [line for line in lines if line["step"] <= step]
+    if lines:
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(aside, path)
+
+
+# ---- what features look like -----------------------------------------------------------------------------------------
+
+
+def feature_statistics(features):
+    """Of backbone features (N, D): mean and standard deviation (Fig. 7 of arXiv 2410.04959: the first over all entries,
+    the second over images, averaged over features), `spread` = rms distance from the mean feature over rms length, in
+    [0, 1], and RankMe of at most 1024 rows with that many rows beside it. Waits for the device."""
+    features = features.float()
+    centered = features - features.mean(dim=0)
+    numbers = torch.stack([
+        features.mean(),
+        centered.square().sum(dim=0).div(len(features) - 1).sqrt().mean(),
+        (centered.square().sum() / features.square().sum()).sqrt(),
+    ])  # fmt: skip
+    mean, std, spread = numbers.tolist()
+    rows = features[:MAX_FEATURE_ROWS]
+    return {
+        "feature_mean": mean,
+        "feature_std": std,
+        "spread": spread,
+        "rankme": rankme(rows),
+        "rankme_max": min(rows.shape),
+    }
+
+
+def rankme(features):
+    """Effective rank of features (N, D): exp of the entropy of their singular values, in [1, min(N, D)].
+
+    Garrido et al., "RankMe", ICML 2023, Eq. 1; NaN where features are all zero or not finite."""
+    if not torch.isfinite(features).all() or not features.any():
+        return math.nan
+    values = torch.linalg.svdvals(features.float().cpu())
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+def diagnose(line):
+    """What the numbers of a logged line look like: list of (kind, sentence); empty for a healthy run.
+
+    Kinds: the four collapses of section 1 and Fig. 1 of arXiv 2410.04959, and the saddle where every p is uniform.
+    The limits are rules of thumb, far from what runs that learn show.
+    """
+    found = []
+    possible = min(line.get("num_codes", math.inf), line.get("images_in_epoch", math.inf))
+    if line["spread"] < 0.01:
+        found.append(
+            ("representation", f"representation collapse: features differ by {line['spread']:.2%} of their length")
+        )
+    elif line["rankme"] < max(2.0, 0.02 * line["rankme_max"]):
+        found.append(
+            ("dimensional", f"dimensional collapse: RankMe {line['rankme']:.1f} of at most {line['rankme_max']}")
+        )
+    if line.get("uniformity", 0.0) > 0.98:
+        found.append(("saddle", f"the saddle of uniform p: invariance is {line['uniformity']:.1%} of log K"))
+    elif line.get("perplexity", math.inf) < max(1.5, 0.02 * possible):
+        found.append(("cluster", f"cluster collapse: perplexity {line['perplexity']:.1f} of {possible} possible codes"))
+    if line.get("within_code", 1.0) < 1e-3:
+        found.append(
+            ("intracluster", f"intracluster collapse: {line['within_code']:.2%} of the variance is within codes")
+        )
+    return found
+
+
+def memory_mb():
+    """Peak memory of this process in MB (10^6 bytes): of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def plot_log(log_path, figure_path):
+    """Draw loss, terms, code usage and rank of a log.txt against the step."""
+    import matplotlib  # here: half a second that --help does not wait for
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [line for line in read_log(log_path) if line["kind"] == "step"]
+    panels = [
+        ("loss and its terms (nats)", ["train_loss", "train_invariance", "train_prior", "prior_floor", "gap"]),
+        ("codes in use", ["codes_used", "perplexity"]),
+        ("features", ["rankme", "feature_std", "spread"]),
+        ("optimisation", ["train_lr", "train_grad_norm"]),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for axis, (title, names) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            points = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), label=name.removeprefix("train_").replace("_", " "), linewidth=1.3
+                )
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+        if title != "loss and its terms (nats)":
+            axis.set_yscale("log")
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(figure_path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""Backbones by name: shapes, the paper's table, and one-line errors."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backbones import add_backbone_arguments, build_backbone
+from utils import UserError
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "resnet8", "resnet18", "test_vit", "test_resnet"])
+@torch.no_grad()
+def test_every_backbone_maps_images_to_embed_dim_numbers(arch):
+    model = build_backbone(arch, img_size=32, patch_size=8, in_chans=1).eval()
+    features = model(torch.randn(3, 1, 32, 32))
+    assert features.shape == (3, model.embed_dim)
+    assert features.std(dim=0).max() > 0
+
+
+@torch.no_grad()
+def test_resnet8_is_table_5():
+    torch.manual_seed(0)
+    model, x = build_backbone("resnet8", width=12), torch.randn(2, 3, 32, 32)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert sorted((c.in_channels, c.out_channels, *c.kernel_size) for c in convolutions) == sorted(
+        [(3, 12, 3, 3), (3, 12, 1, 1)] + 7 * [(12, 12, 3, 3)]
+    )
+    assert {(c.stride, c.padding) for c in convolutions} == {((1, 1), (1, 1)), ((1, 1), (0, 0))}
+
+    def conv(x, layer, padding=1):
+        return F.conv2d(x, layer.weight, layer.bias, padding=padding)
+
+    def lrelu(x):
+        return torch.maximum(x, 0.2 * x)
+
+    def halve(x):
+        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+    b1, b2, b3, b4 = model.block1, model.block2, model.block3, model.block4
+    h = halve(conv(lrelu(conv(x, b1.conv1)), b1.conv2)) + conv(halve(x), b1.shortcut, padding=0)
+    h = halve(conv(lrelu(conv(lrelu(h), b2.conv1)), b2.conv2)) + halve(h)
+    h = conv(lrelu(conv(lrelu(h), b3.conv1)), b3.conv2) + h
+    h = conv(lrelu(conv(lrelu(h), b4.conv1)), b4.conv2) + h
+    torch.testing.assert_close(model(x), h.flatten(2).mean(dim=2), atol=1e-5, rtol=1e-5)
+
+
+def test_resnet8_widths_of_the_paper():
+    assert build_backbone("resnet8").embed_dim == 128
+    assert build_backbone("resnet8", width=256).embed_dim == 256
+    # 3 -> F by 3x3 and 1x1, then seven F -> F by 3x3, each with a bias
+    expected = (9 * 3 + 1) * 128 + (3 + 1) * 128 + 7 * (9 * 128 + 1) * 128
+    assert sum(p.numel() for p in build_backbone("resnet8").parameters()) == expected
+
+
+@torch.no_grad()
+def test_resnet18_is_the_cifar_variant():
+    model = build_backbone("resnet18").eval()
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962 - 5130  # the usual count, less a 10-class layer
+    last_map = []
+    model.layer4.register_forward_hook(lambda module, inputs, output: last_map.append(output.shape))
+    model(torch.randn(1, 3, 32, 32))
+    assert last_map == [(1, 512, 4, 4)]  # ImageNet's stem would leave 1 x 1
+
+
+def test_drop_path_default_is_dino_s_for_vits_and_nothing_elsewhere():
+    assert build_backbone("vit_tiny", drop_path_rate=None).blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    build_backbone("resnet8", drop_path_rate=None)
+    assert build_backbone("test_vit", drop_path_rate=0.3).blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+def test_gradient_checkpointing_reaches_the_backbone():
+    assert build_backbone("vit_tiny", grad_checkpointing=True).grad_checkpointing
+    assert build_backbone("test_vit", grad_checkpointing=True).grad_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "message"),
+    [
+        ("vit_smal", {}, "--arch vit_smal is unknown; close: vit_small"),
+        ("hf-hub:timm/resnet18", {}, "is unknown"),  # would ask the network
+        ("vit_small", {"img_size": 100}, "--img_size 100 is not a multiple of --patch_size 16"),
+        ("vit_small", {"patch_size": 0}, "--patch_size 0"),
+        ("vit_small", {"width": 64}, "--width 64 is for --arch resnet8"),
+        ("vit_small", {"drop_path_rate": 1.0}, "--drop_path_rate 1.0 is not in"),
+        ("resnet8", {"width": 0}, "--width 0"),
+        ("resnet8", {"drop_path_rate": 0.1}, "resnet8 has no stochastic depth"),
+        ("resnet18", {"grad_checkpointing": True}, "--grad_checkpointing: resnet18 does not offer it"),
+        ("vgg11", {"drop_path_rate": 0.1}, "--drop_path_rate 0.1: vgg11 does not take it"),
+        ("densenet121", {"drop_path_rate": 0.1}, "--drop_path_rate 0.1: densenet121"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arch, options, message):
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_backbone(arch, **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_flags_build_the_default_backbone():
+    parser = argparse.ArgumentParser()
+    add_backbone_arguments(parser)
+    args = parser.parse_args([])
+    assert (args.arch, args.patch_size, args.drop_path_rate) == ("vit_small", 16, None)
+    with torch.device("meta"):
+        assert build_backbone(**vars(args)).embed_dim == 384
+    assert "vit_small" in parser.format_help()

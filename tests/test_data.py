@@ -1,0 +1,938 @@
+"""data.py against PIL, torchvision and scipy, and against itself with other workers, processes and starting points."""
+
+import argparse
+import gzip
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.stats
+import torch
+import torchvision
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms.v2 import functional as tv
+
+import data
+from utils import UserError
+
+# Helpers
+
+
+def make_args(*flags, **changes):
+    parser = argparse.ArgumentParser()
+    data.add_dataset_arguments(parser)
+    data.add_augmentation_arguments(parser)
+    args = parser.parse_args([str(flag) for flag in flags])
+    vars(args).update(seed=0, **changes)
+    return data.resolve_dataset_defaults(args)
+
+
+def folder_args(path, *flags):
+    return make_args("--dataset", "imagefolder", "--data_path", path, "--img_size", 32, "--num_workers", 0, *flags)
+
+
+def picture(height, width, channels=3, seed=0):
+    """Smooth and colourful, like a photograph: uint8 (height, width, channels), or (height, width) for one channel."""
+    noise = np.random.default_rng(seed).random((height, width, channels))
+    smooth = scipy.ndimage.gaussian_filter(noise, (4, 4, 0), mode="wrap")
+    smooth = (smooth - smooth.min()) / np.ptp(smooth)
+    return np.rint(255 * smooth).astype(np.uint8).squeeze()
+
+
+def write(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def names_below(root, images):
+    return [os.path.relpath(images.name(index), root) for index in range(len(images))]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory):
+    """Three classes of 8, 9, 10 JPEGs of various sizes."""
+    root = tmp_path_factory.mktemp("classes")
+    for label, name in enumerate(("ant", "bee", "cat")):
+        for number in range(8 + label):
+            write(root / name / f"{number}.jpg", picture(40 + number, 60 - 2 * number, seed=10 * label + number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """uint8 (64, 3, 32, 32)"""
+    return torch.stack([torch.from_numpy(picture(32, 32, seed=seed)).permute(2, 0, 1) for seed in range(64)])
+
+
+def array_loader(images, *flags, batch_size=16, **options):
+    args = make_args("--dataset", "cifar10", *flags)
+    return data.TrainLoader(data.ArrayImages("some", images), args, batch_size, **options)
+
+
+# Random numbers
+
+
+def splitmix(state):
+    """Reference in Python integers, from the published C code."""
+    mask = (1 << 64) - 1
+    state = (state + 0x9E3779B97F4A7C15) & mask
+    z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_scramble_is_splitmix64():
+    # first outputs of the published generator for seed 1234567
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    states = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * data.GOLDEN
+    assert data.scramble(states).tolist() == known
+    assert splitmix(1234567) == known[0]
+
+
+def test_uniform_known_answers_and_scalar_reference():
+    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
+    for seed, epoch, index, view in ((0, 0, 0, 0), (1, 2, 3, 4), (2**40, 999, 1281166, 9)):
+        word = 0
+        for coordinate in (seed, epoch, index, view):
+            word = splitmix((word + coordinate * golden) & mask)
+        expected = [(splitmix((word + k * golden) & mask) >> 11) / 2**53 for k in range(5)]
+        assert data.uniform(seed, epoch, [index], view, 5)[0].tolist() == expected
+    assert data.uniform(0, 0, [0], 0, 2).tolist() == KNOWN_DRAWS
+
+
+KNOWN_DRAWS = [[0.47141042966848024, 0.7247520786262142]]
+
+
+def test_uniform_is_uniform_and_coordinates_do_not_share_draws():
+    u = data.uniform(3, 5, np.arange(20000), 1, 8)
+    assert u.shape == (20000, 8) and u.min() >= 0 and u.max() < 1
+    for column in u.T:
+        assert scipy.stats.kstest(column, "uniform").pvalue > 1e-3
+    others = [data.uniform(*key, 8) for key in ((4, 5, np.arange(20000), 1), (3, 6, np.arange(20000), 1))]
+    others += [data.uniform(3, 5, np.arange(20000), 2, 8), data.uniform(3, 5, np.arange(1, 20001), 1, 8)]
+    for other in [*others, np.roll(u, 1, axis=1)]:
+        assert abs(np.corrcoef(u.ravel(), other.ravel())[0, 1]) < 0.01
+    assert np.array_equal(u[:, :3], data.uniform(3, 5, np.arange(20000), 1, 3))
+
+
+def test_order_of_an_epoch_is_a_permutation_that_changes():
+    first, second = data.epoch_order(0, 0, 1000), data.epoch_order(0, 1, 1000)
+    assert sorted(first) == list(range(1000))
+    assert (first == second).sum() < 10 and (first == np.arange(1000)).sum() < 10
+
+
+# Crops
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(300, 500, (0.4, 1.0)), (32, 32, (0.4, 1.0)), (40, 400, (0.05, 0.4))]
+)
+def test_crop_boxes_are_distributed_as_torchvisions(height, width, scale):
+    count = 4000
+    draws = data.uniform(0, 0, np.arange(count), 0, data.NUM_DRAWS)
+    ours = data.resized_crop_boxes(draws, height, width, scale)
+    torch.manual_seed(0)
+    image = torch.empty(1, height, width)
+    get_params = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)])
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all() and (ours[:, 2:] > 0).all()
+    statistics = [lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2], lambda b: b[:, 3]]
+    statistics += [lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3]]
+    statistics += [lambda b: b[:, 0] + b[:, 2], lambda b: b[:, 1] + b[:, 3]]
+    for statistic in statistics:
+        assert scipy.stats.ks_2samp(statistic(ours), statistic(theirs)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 1)])
+def test_fallback_box_is_torchvisions(height, width):
+    draws = np.zeros((1, data.NUM_DRAWS))
+    draws[:, data.AREA] = 1 - 1e-9  # the whole area in a shape that does not fit
+    expected = torchvision.transforms.RandomResizedCrop.get_params(
+        torch.empty(1, height, width), (1, 1), (3 / 4, 4 / 3)
+    )
+    assert data.resized_crop_boxes(draws, height, width, (1.0, 1.0)).tolist() == [list(expected)]
+
+
+@pytest.mark.parametrize("size", [32, 12, 48])
+def test_batched_crops_equal_torchvisions_resized_crop(photographs, size):
+    loader = array_loader(photographs, "--augmentation", "dino", "--img_size", size)
+    group = loader.recipe.global_views
+    draws = data.view_draws(loader.recipe, 0, np.arange(64), group.views)
+    ours = data.crop_batch(photographs, draws, group, loader.recipe)
+    boxes = data.resized_crop_boxes(draws, 32, 32, group.scale).tolist()
+    flips = draws[:, data.FLIP] < 0.5
+    assert 40 < flips.sum() < 88
+    differences = []
+    for crop, image, box, flip in zip(ours, photographs.repeat(2, 1, 1, 1), boxes, flips, strict=True):
+        expected = tv.resized_crop(image, *box, [size, size], tv.InterpolationMode.BICUBIC, antialias=True)
+        differences.append((crop - (tv.horizontal_flip(expected) if flip else expected)).abs())
+    differences = torch.stack(differences)  # torchvision's weights have 8 to 16 bits
+    assert differences.max() <= 2 and (differences > 1).float().mean() < 1e-4 and differences.mean() < 0.01
+
+
+def test_worker_crops_equal_torchvisions_and_pils_resized_crop(class_folders):
+    args = folder_args(class_folders, "--local_crops_number", 2, "--local_crops_size", 16)
+    images = data.open_dataset(args)
+    loader = data.TrainLoader(images, args, 4)
+    batch = next(iter(loader.epoch(3)))
+    assert [tuple(crop.shape) for crop in batch.crops] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
+    for row, index in enumerate(batch.indices):
+        image = images.load(index)
+        for view, crop in enumerate(batch.crops):
+            size, scale = (32, args.global_crops_scale) if view < 2 else (16, args.local_crops_scale)
+            draws = data.uniform(0, 3, [index], view, data.NUM_DRAWS)
+            top, left, h, w = data.resized_crop_boxes(draws, *image.shape[1:], scale)[0].tolist()
+            expected = tv.resized_crop(image, top, left, h, w, [size] * 2, tv.InterpolationMode.BICUBIC, antialias=True)
+            pil = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + w, top + h))
+            pil = pil.resize((size, size), Image.Resampling.BICUBIC)
+            if draws[0, data.FLIP] < 0.5:
+                expected, pil = tv.horizontal_flip(expected), ImageOps.mirror(pil)
+            assert torch.equal(crop[row], expected)
+            assert np.abs(crop[row].permute(1, 2, 0).numpy().astype(int) - np.asarray(pil)).max() <= 1
+
+
+@pytest.mark.parametrize("side", [32, 20])
+def test_small_recipe_shifts_the_mirrored_image(side, photographs, tmp_path):
+    """In memory and in workers alike; an image smaller than --img_size is enlarged first."""
+    photographs = photographs[:, :, :side, :side]
+    loader = array_loader(photographs, "--augmentation", "small", "--img_size", 32)
+    group = loader.recipe.global_views
+    draws = data.view_draws(loader.recipe, 0, np.arange(64), group.views)
+    ours = data.crop_batch(photographs, draws, group, loader.recipe)
+    seen = set()
+    for n, (crop, image, draw) in enumerate(zip(ours, photographs.repeat(2, 1, 1, 1), draws, strict=True)):
+        enlarged = tv.resize(image, [32, 32], tv.InterpolationMode.BICUBIC, antialias=True)
+        padded = np.pad(enlarged.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+        top, left = int(draw[data.TOP] * 9), int(draw[data.LEFT] * 9)
+        expected = padded[:, top : top + 32, left : left + 32]
+        expected = expected[:, :, ::-1] if draw[data.FLIP] < 0.5 else expected
+        assert np.abs(crop.numpy() - expected).max() <= 2 * (side != 32)
+        worker = next(data.crop_image(image, draws[n : n + 1], group, loader.recipe))
+        assert np.array_equal(worker.numpy(), expected)
+        seen |= {top, left}
+    assert seen == set(range(9))
+
+
+def test_small_recipe_crops_images_that_are_larger(photographs):
+    loader = array_loader(photographs, "--augmentation", "small", "--img_size", 16)
+    group = loader.recipe.global_views
+    draws = data.view_draws(loader.recipe, 0, np.arange(64), group.views)
+    dino = data.dataclasses.replace(group, pad_crop=False)
+    assert torch.equal(
+        data.crop_batch(photographs, draws, group, loader.recipe),
+        data.crop_batch(photographs, draws, dino, loader.recipe),
+    )
+
+
+def test_svhn_is_never_flipped():
+    for recipe in ("small", "dino"):
+        assert data.make_recipe(make_args("--dataset", "svhn", "--augmentation", recipe)).flip == 0
+        assert data.make_recipe(make_args("--dataset", "cifar10", "--augmentation", recipe)).flip == 0.5
+
+
+# Colours
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "factors"),
+    [
+        (data.adjust_brightness, tv.adjust_brightness, (0.6, 1.0, 1.4)),
+        (data.adjust_contrast, tv.adjust_contrast, (0.6, 1.0, 1.4)),
+        (data.adjust_saturation, tv.adjust_saturation, (0.8, 1.0, 1.2)),
+        (data.adjust_hue, tv.adjust_hue, (-0.1, 0.0, 0.1, 0.5)),
+    ],
+)
+def test_colour_operations_are_torchvisions(photographs, ours, theirs, factors):
+    x = torch.rand(len(factors), 3, 16, 16)
+    x[:, :, 0] = x[:, :1, 0]  # gray pixels have no hue
+    x[:, :, 1, :2] = torch.tensor([0.0, 1.0])
+    expected = torch.stack([theirs(image, factor) for image, factor in zip(x, factors, strict=True)])
+    result = ours(x.clone(), torch.tensor(factors)[:, None, None, None])
+    assert (result - expected).abs().max() < 1e-3  # torchvision rounds the weights of luma to 4 digits
+    neutral = factors.index(0.0 if 0.0 in factors else 1.0)
+    torch.testing.assert_close(result[neutral], x[neutral])
+
+
+def test_grayscale_and_solarize_are_torchvisions():
+    x = torch.rand(4, 3, 16, 16)
+    assert (data.grayscale(x) - tv.rgb_to_grayscale(x, 3)).abs().max() < 1e-3
+    assert torch.equal(data.solarize(x), tv.solarize(x, data.SOLARIZE_THRESHOLD))
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    pil = np.asarray(ImageOps.solarize(Image.fromarray(levels[0, 0].numpy())))
+    assert np.array_equal((data.solarize(levels / 255) * 255).round()[0, 0].numpy(), pil)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (12, 40), (6, 6)])
+def test_blur_is_scipys_gaussian(shape):
+    x = torch.rand(5, 2, *shape)
+    sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
+    result = data.gaussian_blur(x, sigma[:, None, None, None])
+    for image, blurred, s in zip(x, result, sigma.tolist(), strict=True):
+        for channel, out in zip(image, blurred, strict=True):
+            expected = scipy.ndimage.gaussian_filter(channel.double().numpy(), s, mode="nearest", radius=8)
+            assert np.abs(out.numpy() - expected).max() < 1e-5
+
+
+def test_jitter_equals_torchvision_with_the_same_order_and_factors(photographs):
+    x = photographs[:48] / 255
+    draws = data.uniform(0, 0, np.arange(48), 0, data.NUM_DRAWS)
+    draws[:, data.ORDER] = (np.arange(48) % 24 + 0.5) / 24  # every order twice
+    chosen = np.arange(48) % 5 > 0
+    result = x.clone()
+    data.color_jitter(result, draws, chosen, (0.4, 0.4, 0.2, 0.1))
+    operations = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
+    orders = list(data.itertools.permutations(range(4)))
+    for n in range(48):
+        b, c, s, h = draws[n, [data.BRIGHTNESS, data.CONTRAST, data.SATURATION, data.HUE]]
+        factors = (0.6 + 0.8 * b, 0.6 + 0.8 * c, 0.8 + 0.4 * s, -0.1 + 0.2 * h)
+        expected = x[n]
+        for number in orders[n % 24] if chosen[n] else ():
+            expected = operations[number](expected, factors[number])
+        assert (result[n] - expected).abs().max() < 2e-3, n
+
+
+def test_whole_chain_has_dinos_distribution(photographs):
+    """2000 views of one image, by DINO's own transforms on PIL images and by ours: the same in five statistics."""
+    count, mean, std = 2000, data.DATASETS["cifar10"]["mean"], data.DATASETS["cifar10"]["std"]
+    image = photographs[5]
+    pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+    t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
+    blur = t.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0)))))
+    first = [t.RandomResizedCrop(32, (0.4, 1.0), interpolation=bicubic), t.RandomHorizontalFlip()]
+    first += [t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), t.RandomGrayscale(0.2)]
+    last = [t.ToTensor(), t.Normalize(mean, std)]
+    theirs = [t.Compose([*first, blur, *last])]
+    theirs += [t.Compose([*first, t.RandomApply([blur], 0.1), t.RandomSolarize(128, 0.2), *last])]
+    torch.manual_seed(0)
+    loader = array_loader(image.expand(count, -1, -1, -1), "--augmentation", "dino", batch_size=count)
+    ours = loader.augment(next(iter(loader.epoch(0))), "cpu")
+    statistics = [
+        lambda x: x.mean((1, 2, 3)),  # brightness
+        lambda x: x.std((2, 3)).mean(1),  # contrast
+        lambda x: x.std(1).mean((1, 2)),  # colour
+        lambda x: x[:, 0].mean((1, 2)) - x[:, 2].mean((1, 2)),  # hue
+        lambda x: x[..., 1:].sub(x[..., :-1]).abs().mean((1, 2, 3)),  # sharpness
+    ]
+    for view, transform in zip(ours, theirs, strict=True):
+        expected = torch.stack([transform(pil) for _ in range(count)])
+        for statistic in statistics:
+            assert scipy.stats.ks_2samp(statistic(view).numpy(), statistic(expected).numpy()).pvalue > 1e-3
+
+
+def test_shares_of_a_recipe():
+    """How often each operation is drawn, from what changes in constant images with one known colour."""
+    count = 4000
+    colour = torch.tensor([200, 100, 60], dtype=torch.uint8)[:, None, None].expand(count, 3, 8, 8)
+    for name, gray, jitter in (("dino", 0.2, 0.8), ("small", 0.1, 0.1)):
+        flags = ("--img_size", 8, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--augmentation", name)
+        loader = array_loader(colour, *flags, batch_size=count)
+        object.__setattr__(loader.recipe, "noise_std", 0.0)
+        views = loader.augment(next(iter(loader.epoch(0))), "cpu")
+        pixels = views[0][:, :, 0, 0]
+        is_gray = (pixels.amax(1) - pixels.amin(1)) < 1e-6
+        unchanged = (pixels * 255 - colour[0, :, 0, 0]).abs().amax(1) < 1e-2
+        assert abs(is_gray.float().mean() - gray) < 0.02
+        assert abs(unchanged.float().mean() - (1 - gray) * (1 - jitter)) < 0.025
+    assert not torch.equal(views[0], views[1])
+
+
+def test_noise_of_the_small_recipe():
+    images = torch.full((256, 1, 28, 28), 100, dtype=torch.uint8)
+    loader = data.TrainLoader(data.ArrayImages("gray", images), make_args(), 256)
+    batch = next(iter(loader.epoch(0)))
+    torch.manual_seed(0)
+    view = loader.augment(batch, "cpu")[0]
+    noise = view - view.mean((1, 2, 3), keepdim=True)
+    assert abs(noise.std() - 0.03) < 5e-4 and scipy.stats.kstest(noise.ravel()[:5000] / 0.03, "norm").pvalue > 1e-3
+    torch.manual_seed(0)
+    assert torch.equal(loader.augment(batch, "cpu")[0], view)
+
+
+def test_gray_images_for_three_channels_and_colour_images_for_one(photographs):
+    gray = data.ArrayImages("gray", photographs[:, :1])
+    one, three = (
+        data.TrainLoader(gray, make_args("--in_chans", c, "--augmentation", "dino", "--img_size", 28), 16)
+        for c in (1, 3)
+    )
+    batch = next(iter(one.epoch(0)))
+    for a, b in zip(one.augment(batch, "cpu"), three.augment(batch, "cpu"), strict=True):
+        assert a.shape == (16, 1, 28, 28) and torch.equal(a.expand(-1, 3, -1, -1), b)
+    loader = array_loader(photographs, "--in_chans", 1)
+    assert loader.augment(next(iter(loader.epoch(0))), "cpu")[1].shape == (16, 1, 32, 32)
+    pil = np.stack([np.asarray(Image.fromarray(p.permute(1, 2, 0).numpy()).convert("L")) for p in photographs])
+    assert np.abs(data.match_channels(photographs, 1)[:, 0].numpy().astype(int) - pil).max() <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", ["dino", "small"])
+def test_augmentation_never_waits_for_the_gpu_and_equals_the_cpu(photographs, recipe):
+    loader = array_loader(photographs, "--augmentation", recipe, "--local_crops_number", 2)
+    object.__setattr__(loader.recipe, "noise_std", 0.0)
+    batch = next(iter(loader.epoch(0)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views = loader.augment(batch, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for view, expected in zip(views, loader.augment(batch, "cpu"), strict=True):
+        torch.testing.assert_close(view.cpu(), expected, atol=0.05, rtol=0)  # rounding to 255 levels may fall otherwise
+
+
+# Files
+
+
+def jpeg_with_orientation(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return write(path, pixels, exif=exif, quality=95)
+
+
+RGB, GRAY = picture(40, 56), picture(40, 56, 1)
+ALPHA = np.dstack([RGB, picture(40, 56, 1, seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "tolerance"),
+    [
+        ("rgb.jpg", Image.fromarray(RGB), {"quality": 95}, 12),
+        ("gray.jpg", Image.fromarray(GRAY), {"quality": 95}, 12),
+        ("progressive.jpg", Image.fromarray(RGB), {"quality": 95, "progressive": True}, 12),
+        ("cmyk.jpg", Image.fromarray(RGB).convert("CMYK"), {"quality": 95}, 20),
+        ("rgb.png", Image.fromarray(RGB), {}, 0),
+        ("gray.png", Image.fromarray(GRAY), {}, 0),
+        ("alpha.png", Image.fromarray(ALPHA), {}, 0),
+        ("gray_alpha.png", Image.fromarray(np.dstack([GRAY, GRAY]), "LA"), {}, 0),
+        ("bits.png", Image.fromarray(GRAY).convert("1"), {}, None),
+        ("palette.png", Image.fromarray(RGB).quantize(64), {}, None),
+        ("palette_clear.png", Image.fromarray(RGB).quantize(64), {"transparency": bytes(range(64))}, None),
+        ("sixteen.png", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
+        ("sixteen.tif", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
+        ("sixteen.pgm", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
+        ("lossless.webp", Image.fromarray(RGB), {"lossless": True}, 0),
+        ("alpha.webp", Image.fromarray(ALPHA), {"lossless": True, "exact": True}, 0),
+        ("cmyk.tif", Image.fromarray(RGB).convert("CMYK"), {}, 0),
+        ("rgb.bmp", Image.fromarray(RGB), {}, 0),
+        ("rgb.ppm", Image.fromarray(RGB), {}, 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_format_comes_out_as_rgb(tmp_path, name, image, options, tolerance):
+    """Equal to what was written, within the loss of the format; tolerance None: to PIL's own conversion."""
+    image.save(tmp_path / name, **options)
+    source = RGB if image.mode in ("RGB", "RGBA", "CMYK") else np.dstack([GRAY] * 3)
+    reference = np.asarray(image.convert("RGB")) if tolerance is None else source
+    loaded = data.load_image(tmp_path / name)
+    assert loaded.dtype == torch.uint8 and tuple(loaded.shape) == (3, 40, 56)
+    assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - reference).max() <= (tolerance or 0)
+    if "sixteen" not in name:
+        pil = np.asarray(Image.open(tmp_path / name).convert("RGB"))
+        assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 2
+    luma = data.load_image(tmp_path / name, channels=1)
+    assert tuple(luma.shape) == (1, 40, 56)
+    expected = np.asarray(Image.fromarray(loaded.permute(1, 2, 0).numpy()).convert("L")).astype(int)
+    assert np.abs(luma[0].numpy() - expected).max() <= 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    levels = np.linspace(0, 65535, 40 * 56).round().astype(np.uint16).reshape(40, 56)
+    Image.fromarray(levels).save(tmp_path / "ramp.png")
+    assert np.array_equal(data.load_image(tmp_path / "ramp.png", 1)[0].numpy(), np.rint(levels / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation, extension):
+    path = jpeg_with_orientation(tmp_path / f"turned.{extension}", RGB, orientation)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
+    loaded = data.load_image(path).permute(1, 2, 0).numpy()
+    assert loaded.shape == expected.shape == ((40, 56, 3) if orientation < 5 else (56, 40, 3))
+    assert np.abs(loaded - expected).max() <= 2
+
+
+@pytest.mark.parametrize("name", "a.jpg gray.jpg progressive.jpg cmyk.jpg a.png a.webp a.bmp a.tif a.ppm".split())
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
+def test_a_truncated_file_is_a_bad_image(tmp_path, name, kept):
+    pixels = Image.fromarray(picture(120, 160)).convert({"gray.jpg": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB"))
+    pixels.save(tmp_path / name, **({"progressive": True} if name == "progressive.jpg" else {}))
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(data.BadImage):
+        data.load_image(tmp_path / name)
+
+
+def test_other_bad_files_are_bad_images(tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "folder.jpg").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    pgm = b"P5 %d 10000 255 "
+    (tmp_path / "large.pgm").write_bytes(pgm % 10000)  # above PIL's limit
+    (tmp_path / "bomb.pgm").write_bytes(pgm % 20000)  # above twice the limit, where PIL itself refuses
+    reasons = {"text.jpg": "identify", "folder.jpg": "directory", "missing.jpg": "No such file", "float.tif": "float"}
+    for name, reason in (*reasons.items(), ("large.pgm", "10000 x 10000 px"), ("bomb.pgm", "bomb")):
+        with pytest.raises(data.BadImage, match=reason) as error:
+            data.load_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_bytes_never_raise_anything_else(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"):
+        path = write(tmp_path / name, picture(40, 56))
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(60):
+            damaged = whole.copy()
+            places = rng.integers(0, min(len(whole), 400), 4)
+            damaged[places] = rng.integers(0, 256, 4)
+            path.write_bytes(damaged.tobytes())
+            try:
+                assert data.load_image(path).shape[0] == 3
+            except data.BadImage as error:
+                assert "\n" not in str(error)
+
+
+# Loader
+
+
+def read_epoch(args, batch_size, epoch=0, first_step=0, **options):
+    images = data.open_dataset(args)
+    return list(data.TrainLoader(images, args, batch_size, **options).epoch(epoch, first_step))
+
+
+def same(a, b):
+    return np.array_equal(a.indices, b.indices) and all(map(torch.equal, a.crops, b.crops)) and a.bad == b.bad
+
+
+@pytest.fixture
+def some_bad(tmp_path):
+    """40 PNGs, four of them truncated."""
+    for number in range(40):
+        path = write(tmp_path / f"{number:02}.png", picture(40, 40, seed=number))
+        if number % 10 == 3:
+            truncate(path)
+    return tmp_path
+
+
+def test_bad_files_are_replaced_named_once_and_alike_with_any_number_of_workers(some_bad, capsys):
+    epochs = {}
+    for workers in (0, 1, 3):
+        args = folder_args(some_bad, "--max_bad_images", 0.1)
+        args.num_workers = workers
+        images = data.open_dataset(args)
+        loader = data.TrainLoader(images, args, 8)
+        epochs[workers] = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
+        bad_names = {os.path.basename(name) for name in loader.bad_images}
+        assert bad_names == {"03.png", "13.png", "23.png", "33.png"}
+        assert loader.num_bad_images == 4
+        loader.check_bad_images()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4 and all(sum(name in line for line in lines) == 1 for name in bad_names)
+    for workers in (1, 3):
+        assert all(same(a, b) for a, b in zip(epochs[0], epochs[workers], strict=True))
+    for batch in epochs[0]:
+        assert not set(batch.indices) & {3, 13, 23, 33}
+        assert all(image.float().std() > 1 for crop in batch.crops for image in crop)
+
+
+def test_too_many_bad_files_end_the_run(some_bad):
+    args = folder_args(some_bad)
+    loader = data.TrainLoader(data.open_dataset(args), args, 8)
+    list(loader.epoch(0))
+    with pytest.raises(UserError, match=r"4 of 40 images .*--max_bad_images allows 0.01.*\.png"):
+        loader.check_bad_images()
+    loader.check_bad_images(total_bad=0)
+    with pytest.raises(UserError):
+        loader.check_bad_images(total_bad=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_when_nothing_can_be_read_the_run_ends(tmp_path, workers):
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_text("?")
+    args = folder_args(tmp_path)
+    args.num_workers = workers
+    with pytest.raises(UserError, match="in a row") as error:
+        list(data.TrainLoader(data.open_dataset(args), args, 4).epoch(0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted(class_folders, workers):
+    args = folder_args(class_folders)
+    args.num_workers = workers
+    loader = data.TrainLoader(data.open_dataset(args), args, 4)
+    next(iter(loader.epoch(0)))  # leaves the epoch half-way
+    whole, resumed = list(loader.epoch(7)), list(loader.epoch(7, first_step=3))
+    assert len(whole) == loader.steps_per_epoch == 6 and len(resumed) == 3
+    assert all(same(a, b) for a, b in zip(whole[3:], resumed, strict=True))
+    for a, b in zip(whole[3:], resumed, strict=True):
+        assert all(map(torch.equal, loader.augment(a, "cpu"), loader.augment(b, "cpu")))
+    assert list(loader.epoch(7, first_step=6)) == []
+
+
+def test_skipped_steps_are_not_read(class_folders, monkeypatch):
+    args, read = folder_args(class_folders), []
+    load = data.FolderImages.load
+    monkeypatch.setattr(data.FolderImages, "load", lambda self, index, c: read.append(index) or load(self, index, c))
+    list(data.TrainLoader(data.open_dataset(args), args, 4).epoch(0, first_step=4))
+    assert len(read) == 8
+
+
+def test_two_processes_equal_one_on_the_joined_batch(class_folders, photographs):
+    args = folder_args(class_folders)
+    one = read_epoch(args, 8)
+    two = [read_epoch(args, 4, rank=rank, world_size=2) for rank in (0, 1)]
+    assert len(one) == 3
+    for joined, *parts in zip(one, *two, strict=True):
+        assert np.array_equal(joined.indices, np.concatenate([part.indices for part in parts]))
+        for crop, *halves in zip(joined.crops, *[part.crops for part in parts], strict=True):
+            assert torch.equal(crop, torch.cat(halves))
+    one = array_loader(photographs, "--augmentation", "dino", batch_size=16)
+    two = [array_loader(photographs, "--augmentation", "dino", batch_size=8, rank=r, world_size=2) for r in (0, 1)]
+    for joined, *parts in zip(one.epoch(2), *[loader.epoch(2) for loader in two], strict=True):
+        parts = [loader.augment(part, "cpu") for loader, part in zip(two, parts, strict=True)]
+        for view, *halves in zip(one.augment(joined, "cpu"), *parts, strict=True):
+            torch.testing.assert_close(view, torch.cat(halves), atol=1e-5, rtol=0)
+
+
+def test_an_epoch_visits_each_image_once_and_epochs_differ(photographs):
+    loader = array_loader(photographs, batch_size=8)
+    first, second = ([batch.indices for batch in loader.epoch(epoch)] for epoch in (0, 1))
+    assert sorted(np.concatenate(first)) == list(range(64)) == sorted(np.concatenate(second))
+    assert not np.array_equal(first, second)
+    assert loader.steps_per_epoch == 8 and array_loader(photographs, batch_size=9).steps_per_epoch == 7
+
+
+def test_views_differ_and_change_with_seed_and_epoch(photographs):
+    loader = array_loader(photographs, "--augmentation", "dino", "--local_crops_number", 3, batch_size=64)
+    assert loader.num_views == 5
+    batch = next(iter(loader.epoch(0)))
+    views = loader.augment(batch, "cpu")
+    assert [tuple(view.shape) for view in views] == [(64, 3, 32, 32)] * 2 + [(64, 3, 12, 12)] * 3
+    assert all(view.dtype == torch.float32 and view.isfinite().all() for view in views)
+    later = loader.augment(data.dataclasses.replace(batch, epoch=1), "cpu")
+    assert (
+        not torch.equal(views[0], views[1])
+        and not torch.equal(views[0], later[0])
+        and not torch.equal(views[2], views[3])
+    )
+
+
+def test_augmentation_does_not_touch_the_images_or_numpys_and_pythons_generators(photographs):
+    import random
+
+    copy, states = photographs.clone(), (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state())
+    loader = array_loader(photographs, "--augmentation", "dino")
+    for batch in loader.epoch(0):
+        loader.augment(batch, "cpu")
+    assert torch.equal(copy, photographs)
+    assert np.random.get_state()[1].tolist() == states[0] and random.getstate() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_counts_each_image_once(class_folders, workers):
+    images = data.open_dataset(folder_args(class_folders))
+    options = {"batch_size": 4, "num_workers": workers}
+    ranks = [
+        list(data.eval_batches(images, 32, 3, (0.5,) * 3, (0.2,) * 3, rank=r, world_size=2, **options)) for r in (0, 1)
+    ]
+    assert [len(batch[0]) for batch in ranks[0]] == [4, 4, 4, 2]
+    assert sorted(np.concatenate([indices for rank in ranks for indices, _ in rank])) == list(range(27))
+    chosen = list(data.eval_batches(images, 32, 3, (0.5,) * 3, (0.2,) * 3, indices=[5, 3, 20], **options))
+    assert chosen[0][0].tolist() == [5, 3, 20] and chosen[0][1].dtype == torch.float32
+
+
+def test_evaluation_transform_is_dinos(class_folders):
+    images = data.open_dataset(folder_args(class_folders))
+    mean, std = data.DATASETS["imagefolder"]["mean"], data.DATASETS["imagefolder"]["std"]
+    t = torchvision.transforms
+    transform = t.Compose([t.Resize(37, interpolation=3), t.CenterCrop(32), t.ToTensor(), t.Normalize(mean, std)])
+    for indices, x in data.eval_batches(images, 32, 3, mean, std, 8):
+        for index, image in zip(indices, x, strict=True):
+            expected = transform(Image.open(images.name(index)))
+            assert (image - expected).abs().max() * 0.229 * 255 < 2.1
+
+
+def test_evaluation_of_sets_in_memory(photographs):
+    images = data.ArrayImages("some", photographs)
+    indices, x = zip(*data.eval_batches(images, 32, 3, (0.5,) * 3, (0.25,) * 3, 24), strict=True)
+    assert [len(i) for i in indices] == [24, 24, 16]
+    torch.testing.assert_close(torch.cat(x), (photographs / 255 - 0.5) / 0.25)
+    resized = torch.cat([x for _, x in data.eval_batches(images, 20, 3, (0,) * 3, (1,) * 3, 24)]) * 255
+    expected = tv.resize(photographs, [20, 20], tv.InterpolationMode.BICUBIC, antialias=True)
+    assert (resized - expected).abs().max() <= 1.001
+    assert next(data.eval_batches(images, 32, 1, (0,), (1,), 24))[1].shape == (24, 1, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_stops_at_a_bad_file(some_bad, workers):
+    images = data.open_dataset(folder_args(some_bad))
+    with pytest.raises(UserError, match=r"03\.png") as error:
+        list(data.eval_batches(images, 32, 3, (0,) * 3, (1,) * 3, 8, num_workers=workers))
+    assert "\n" not in str(error.value)
+
+
+# Data sets
+
+
+def test_class_folders(class_folders):
+    images = data.open_dataset(folder_args(class_folders))
+    reference = torchvision.datasets.ImageFolder(class_folders)
+    assert images.classes == reference.classes and images.labels.tolist() == reference.targets
+    assert [images.name(i) for i in range(len(images))] == [path for path, _ in reference.samples]
+    assert images.labels.dtype == np.int64 and images.channels == 3
+
+
+def test_class_list(class_folders, tmp_path):
+    listing = tmp_path / "list.txt"
+    for text in ("cat ant", "ant\ncat\n", "\n cat\n\nant  "):
+        listing.write_text(text)
+        images = data.open_dataset(folder_args(class_folders, "--class_list", listing))
+        assert images.classes == ["ant", "cat"] and images.labels.tolist() == [0] * 8 + [1] * 10
+        assert all("bee" not in images.name(i) for i in range(18))
+        assert images.load(17).shape == (3, 49, 42)
+    for text, message in (("ant dog", "1 of its 2 classes are not in.*dog"), ("", "empty")):
+        listing.write_text(text)
+        with pytest.raises(UserError, match=message):
+            data.open_dataset(folder_args(class_folders, "--class_list", listing))
+    with pytest.raises(UserError, match="cannot be read"):
+        data.open_dataset(folder_args(class_folders, "--class_list", tmp_path / "none.txt"))
+
+
+def test_class_names_with_blanks(tmp_path):
+    for name in ("golden retriever", "pug", "retriever"):
+        write(tmp_path / "images" / name / "a.png", picture(8, 8))
+    (tmp_path / "list").write_text("golden retriever\npug\n")
+    images = data.open_dataset(folder_args(tmp_path / "images", "--class_list", tmp_path / "list"))
+    assert images.classes == ["golden retriever", "pug"]
+
+
+def test_imagenet100_is_a_hundred_wordnet_ids():
+    names = (data.Path(data.__file__).parent / "imagenet100_classes.txt").read_text().split()
+    assert len(names) == len(set(names)) == 100 and all(len(n) == 9 and n[0] == "n" and n[1:].isdigit() for n in names)
+
+
+def test_unlabelled_flat_and_nested_folders(tmp_path):
+    for name in ("b.png", "a.JPEG", "deep/er/c.webp", "notes.txt.png", ".hidden.png"):
+        write(tmp_path / name, picture(8, 8))
+    (tmp_path / "readme.txt").write_text("no image")
+    images = data.open_dataset(folder_args(tmp_path))
+    assert images.labels is None and images.classes is None
+    assert names_below(tmp_path, images) == ["a.JPEG", "b.png", "deep/er/c.webp", "notes.txt.png"]
+    below = data.open_dataset(folder_args(tmp_path / "deep"))
+    assert len(below) == 1 and below.labels is None
+    (tmp_path / "list").write_text("a.JPEG\n")
+    with pytest.raises(UserError, match="class folders"):
+        data.open_dataset(folder_args(tmp_path, "--class_list", tmp_path / "list"))
+
+
+def test_text_file_of_paths(tmp_path):
+    write(tmp_path / "images" / "b.png", picture(8, 8))
+    elsewhere = write(tmp_path / "else where" / "ä a.png", picture(9, 8))
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"images/b.png\n\n{elsewhere}\n")
+    images = data.open_dataset(folder_args(listing))
+    assert len(images) == 2 and images.labels is None
+    assert images.load(0).shape == (3, 8, 8) and images.load(1).shape == (3, 9, 8)
+    assert images.name(1) == str(elsewhere)
+    with pytest.raises(UserError, match="list of images"):
+        data.open_dataset(folder_args(listing), "val")
+    listing.write_text("\n")
+    with pytest.raises(UserError, match="names no image"):
+        data.open_dataset(folder_args(listing))
+
+
+def test_splits(tmp_path):
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", "val/b/3.png"):
+        write(tmp_path / name, picture(8, 8))
+    for path in (tmp_path, tmp_path / "train"):
+        assert len(data.open_dataset(folder_args(path))) == 2
+        assert len(data.open_dataset(folder_args(path), "val")) == 3
+    with pytest.raises(UserError, match=r"looked for .*train/a/val and .*train/a/test"):
+        data.open_dataset(folder_args(tmp_path / "train" / "a"), "val")
+
+
+def test_links_are_followed_but_loops_and_broken_ones_end_nothing(tmp_path):
+    write(tmp_path / "a" / "x.png", picture(8, 8))
+    write(tmp_path.parent / f"{tmp_path.name}_outside" / "y.png", picture(8, 8))
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path.parent / f"{tmp_path.name}_outside")
+    (tmp_path / "b" / "broken.png").symlink_to(tmp_path / "nothing")
+    images = data.open_dataset(folder_args(tmp_path))
+    assert names_below(tmp_path, images) == ["a/x.png", "b/broken.png", "b/y.png"]
+    with pytest.raises(data.BadImage):
+        images.load(1)
+
+
+def test_file_names_that_are_not_utf8(tmp_path, capsys):
+    write(tmp_path / "good.png", picture(8, 8))
+    os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    images = data.open_dataset(folder_args(tmp_path))
+    assert images.name(0).endswith("caf\\xe9.png") and images.load(0).shape == (3, 8, 8)
+
+
+def test_fingerprint_follows_names_and_pixels(class_folders, tmp_path, photographs):
+    prints = [data.open_dataset(folder_args(class_folders)).fingerprint]
+    (tmp_path / "list").write_text("ant bee")
+    prints.append(data.open_dataset(folder_args(class_folders, "--class_list", tmp_path / "list")).fingerprint)
+    prints += [data.ArrayImages("a", photographs).fingerprint, data.ArrayImages("a", photographs.flip(0)).fingerprint]
+    assert len(set(prints)) == 4 and prints[2] == data.ArrayImages("b", photographs.clone()).fingerprint
+    assert prints[0] == data.open_dataset(folder_args(class_folders)).fingerprint
+
+
+def test_names_take_little_memory():
+    names = [b"n%08d/n%08d_%d.JPEG" % (i % 1000, i % 1000, i) for i in range(100_000)]
+    images = data.FolderImages("/data", names)
+    assert images.bytes.nbytes + images.ends.nbytes < 40 * len(names)
+    assert images.name(99_999) == "/data/" + names[-1].decode() and images.name(0) == "/data/" + names[0].decode()
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_fashion_mnist_files_in_data_path(tmp_path, below, zipped):
+    rng, folder = np.random.default_rng(0), tmp_path / below
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels, labels = rng.integers(0, 256, (10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8)
+    for name, array in (("train-images-idx3-ubyte", pixels), ("train-labels-idx1-ubyte", labels)):
+        content = idx(array)
+        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
+    images = data.open_dataset(make_args("--data_path", tmp_path))
+    assert np.array_equal(images.data[:, 0].numpy(), pixels) and images.labels.tolist() == list(range(10))
+    assert images.channels == 1 and len(images.classes) == 10 and images.name(3) == "fashion_mnist/train[3]"
+    (folder / ("train-images-idx3-ubyte" + ".gz" * zipped)).write_bytes(
+        b"\x1f\x8b rubbish" if zipped else idx(pixels)[:-5]
+    )
+    with pytest.raises(UserError, match="damaged"):
+        data.open_dataset(make_args("--data_path", tmp_path))
+
+
+def test_fashion_mnist_nowhere_is_one_line_with_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match=r"--data_path.*dataset-fashion-mnist.*network") as error:
+        data.open_dataset(make_args("--data_path", tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not os.path.isdir(data.DEBIAN_FASHION_MNIST), reason="needs Debian's package dataset-fashion-mnist")
+def test_fashion_mnist_of_debian(tmp_path):
+    for split, count in (("train", 60000), ("val", 10000)):
+        images = data.open_dataset(make_args("--data_path", tmp_path), split)
+        assert len(images) == count and np.bincount(images.labels).tolist() == [count // 10] * 10
+    images = data.open_dataset(make_args())
+    assert (
+        abs(images.data.float().mean() / 255 - 0.2860) < 1e-3 and abs(images.data.float().std() / 255 - 0.3530) < 1e-3
+    )
+
+
+def test_cifar_and_svhn_from_torchvisions_files(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    names = [str(n) for n in range(10)]
+    cifar = SimpleNamespace(data=pixels, targets=[3, 1, 2, 0, 5, 4], classes=names)
+    svhn = SimpleNamespace(data=pixels.transpose(0, 3, 1, 2), labels=np.array([3, 1, 2, 0, 5, 4]))
+    for name, found in (("CIFAR10", cifar), ("CIFAR100", cifar), ("SVHN", svhn)):
+        monkeypatch.setattr(torchvision.datasets, name, lambda root, found=found, **options: found)
+        images = data.open_dataset(make_args("--dataset", name.lower(), "--data_path", tmp_path))
+        assert np.array_equal(images.data.permute(0, 2, 3, 1).numpy(), pixels) and images.labels.tolist() == [
+            3,
+            1,
+            2,
+            0,
+            5,
+            4,
+        ]
+
+
+def test_a_set_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(UserError, match=r"cifar10 is not in .* and cannot be downloaded") as error:
+        data.open_dataset(make_args("--dataset", "cifar10", "--data_path", tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_paths_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no images in .*\.jpg"):
+        data.open_dataset(folder_args(tmp_path))
+    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
+        data.open_dataset(folder_args(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="needs --data_path"):
+        data.open_dataset(make_args("--dataset", "imagefolder"))
+    write(tmp_path / "a.png", picture(8, 8))
+    with pytest.raises(UserError, match="1 images do not fill one batch of 8"):
+        args = folder_args(tmp_path)
+        data.TrainLoader(data.open_dataset(args), args, 4, world_size=2)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        data.open_dataset(folder_args(tmp_path))
+
+
+# Flags
+
+
+def test_defaults_follow_the_data_set():
+    expected = {
+        "fashion_mnist": (28, 1, "small", 12),
+        "cifar10": (32, 3, "small", 12),
+        "cifar100": (32, 3, "small", 12),
+        "svhn": (32, 3, "small", 12),
+        "imagefolder": (224, 3, "dino", 96),
+    }
+    for name, values in expected.items():
+        args = make_args("--dataset", name)
+        assert (args.img_size, args.in_chans, args.augmentation, args.local_crops_size) == values
+        assert len(args.mean) == len(args.std) == args.in_chans and 0 < args.num_workers <= 10
+    assert make_args().dataset == "fashion_mnist" and tuple(make_args().global_crops_scale) == (0.4, 1.0)
+    assert make_args("--in_chans", 3).mean == (0.2860,) * 3
+    assert make_args("--mean", 0.1, "--std", 0.2).mean == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--global_crops_scale", 0, 1), "0 < MIN"),
+        (("--global_crops_scale", 0.5, 0.4), "0.5 0.4"),
+        (("--local_crops_scale", 0.5, 1.5), "local_crops_scale"),
+        (("--local_crops_number", -1), "-1"),
+        (("--local_crops_size", 0), "local_crops_size"),
+        (("--img_size", 0), "img_size"),
+        (("--img_size", 4), "too small"),
+        (("--num_workers", -1), "num_workers"),
+        (("--mean", 0.1, 0.2), "2 values, --in_chans is 1"),
+        (("--std", 0), "std above 0"),
+        (("--mean", "nan"), "finite"),
+        (("--max_bad_images", 1.5), "1.5"),
+        (("--in_chans", 0), "in_chans"),
+    ],
+)
+def test_values_without_meaning_are_one_line(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_args(*flags)
+    assert "\n" not in str(error.value)
+
+
+def test_channels_that_cannot_be_made(photographs):
+    with pytest.raises(UserError, match="--in_chans 2: these images have 3 channels"):
+        array_loader(photographs, "--in_chans", 2)
+    four = torch.cat([photographs, photographs[:, :1]], 1)
+    loader = array_loader(four, "--in_chans", 4, "--augmentation", "dino")
+    assert loader.augment(next(iter(loader.epoch(0))), "cpu")[0].shape == (16, 4, 32, 32)
+    with pytest.raises(UserError, match="--in_chans 3: these images have 4 channels; expected 4$"):
+        array_loader(four, "--in_chans", 3)

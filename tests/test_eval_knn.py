@@ -1,0 +1,191 @@
+"""k-NN against a transcription of its formula in float64, scikit-learn, and numbers worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import eval_knn
+from backbones import build_backbone
+from eval_knn import knn_accuracy, knn_classify
+from utils import UserError
+
+
+def clusters(num, seed, num_classes=7, dim=12):
+    """Features around class centres, so near that the classes overlap, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(num_classes, (num,), generator=generator)
+    return centres[labels] + 1.5 * torch.randn(num, dim, generator=generator), labels
+
+
+def vote_in_float64(train, labels, test, k, temperature, num_classes):
+    """The definition, image by image and neighbour by neighbour: (M, C) votes."""
+    train, test = (x.numpy().astype(np.float64) for x in (train, test))
+    votes = np.zeros((len(test), num_classes))
+    for row, x in enumerate(test):
+        cosine = np.array([x @ y / np.sqrt((x @ x) * (y @ y)) for y in train])
+        for i in np.argsort(-cosine)[:k]:
+            votes[row, labels[i]] += np.exp(cosine[i] / temperature)
+    return votes
+
+
+def test_votes_are_those_of_the_formula():
+    train, labels = clusters(300, seed=0)
+    test, test_labels = clusters(80, seed=1)
+    predictions = knn_classify(train, labels, test, k=(1, 5, 20, 200), temperature=0.07)
+    accuracy = knn_accuracy(train, labels, test, test_labels, ks=(1, 5, 20, 200), temperature=0.07)
+    for k in (1, 5, 20, 200):
+        votes = vote_in_float64(train, labels, test, k, 0.07, num_classes=7)
+        ranked = np.argsort(-votes, axis=1)[:, :5]
+        ranked[np.take_along_axis(votes, ranked, 1) == 0] = -1
+        np.testing.assert_array_equal(predictions[k].numpy(), ranked)
+        hits = ranked == test_labels.numpy()[:, None]
+        assert accuracy[k]["top1"] == pytest.approx(100 * hits[:, 0].mean())
+        assert accuracy[k]["top5"] == pytest.approx(100 * hits.any(axis=1).mean())
+    assert 30 < accuracy[20]["top1"] < 95  # neither trivial nor chance
+
+
+def test_scikit_learn_agrees():
+    train, labels = clusters(400, seed=2, num_classes=30)
+    test, _ = clusters(100, seed=3, num_classes=30)
+    for k in (1, 15):
+        theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute")
+        theirs.fit(train.double().numpy(), labels.numpy())
+        expected = theirs.predict(test.double().numpy())
+        np.testing.assert_array_equal(knn_classify(train, labels, test, k)[k][:, 0], expected)
+
+
+def test_a_case_by_hand():
+    train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])  # cosines with (2, 0): 1, 0.6, 0.6
+    labels, test = torch.tensor([4, 2, 2]), torch.tensor([[2.0, 0.0]])
+    # class 4 gets e^(1/T), class 2 gets 2 e^(0.6/T): equal at T = 0.4 / ln 2 = 0.577
+    assert knn_classify(train, labels, test, 3, temperature=0.5)[3].tolist() == [[4, 2, -1, -1, -1]]
+    assert knn_classify(train, labels, test, 3, temperature=0.7)[3].tolist() == [[2, 4, -1, -1, -1]]
+    assert knn_classify(train, labels, test, 3, temperature=1e-3)[3][0, 0] == 4  # e^1000 does not overflow
+    # wrong, second, absent
+    assert knn_accuracy(train, labels, test, [3], (3,)) == {3: {"top1": 0.0, "top5": 0.0}}
+    assert knn_accuracy(train, labels, test, [2], (3,)) == {3: {"top1": 0.0, "top5": 100.0}}
+
+
+def test_chunks_order_and_scale_change_nothing():
+    train, labels = clusters(500, seed=4)
+    test, _ = clusters(101, seed=5)
+    expected = knn_classify(train, labels, test)
+    shuffled = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(500, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    others = [
+        knn_classify(train, labels, test, chunk_size=1),
+        knn_classify(train, labels, test, chunk_size=17),
+        knn_classify(train, labels, test, k=(200, 10, 100, 20), num_classes=5000),
+        knn_classify((scales * train)[shuffled], labels[shuffled], 30 * test),
+        {k: ranked.flip(0) for k, ranked in knn_classify(train, labels, test.flip(0)).items()},
+    ]
+    for other in others:
+        assert other.keys() == expected.keys()
+        assert all(torch.equal(other[k], expected[k]) for k in expected)
+
+
+def test_more_than_a_thousand_classes():
+    features, labels = torch.eye(3000)[:, :2000], torch.arange(3000).clamp_max(1999)
+    assert knn_accuracy(features[:2000], labels[:2000], features[:2000], labels[:2000], (1,))[1]["top1"] == 100
+
+
+def test_a_chunk_stays_within_the_stated_memory(monkeypatch):
+    monkeypatch.setattr(eval_knn, "MEMORY_MB", 4)
+    asked = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **kw: asked.append(x.nbytes) or topk(x, *a, **kw))
+    knn_classify(torch.randn(20_000, 4), torch.arange(20_000) % 500, torch.randn(120, 4), k=10)
+    similarities, votes = asked[::2], asked[1::2]
+    assert max(s + v for s, v in zip(similarities, votes, strict=True)) <= 4 * 2**20
+    assert len(similarities) == 3  # as many rows at a time as fit, not one
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 11}, "--nb_knn 11: expected from 1 to 10, the number of training images"),
+        ({"k": (5, 0)}, "--nb_knn 0"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"train_labels": torch.tensor([0] * 9 + [-1])}, "1 of 10 training images have no label"),
+        ({"train_features": torch.full((10, 3), torch.nan)}, "training features hold NaN"),
+        ({"test_features": torch.full((4, 3), torch.inf)}, "test features hold NaN or infinity"),
+    ],
+)
+def test_what_cannot_be_is_one_line(change, message):
+    train, test = torch.randn(10, 3), torch.randn(4, 3)
+    arguments = {"train_features": train, "train_labels": torch.zeros(10), "test_features": test, "k": 5} | change
+    with pytest.raises(UserError, match=message):
+        knn_classify(**arguments)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint and a folder of images whose colour is their class: (folder, the command's first flags)."""
+    folder = tmp_path_factory.mktemp("knn")
+    for split, per_class in (("train", 5), ("val", 3)):
+        for label in range(6):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for i in range(per_class):
+                colour = np.random.default_rng((label, i)).integers(0, 20, (20, 16, 3)) + 40 * label
+                Image.fromarray(colour.astype(np.uint8)).save(folder / split / f"class{label}" / f"{i}.png")
+    args = {"arch": "resnet8", "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    args["dataset"] = "imagefolder"
+    torch.manual_seed(0)
+    teacher = {f"backbone.{k}": v for k, v in build_backbone("resnet8", width=8).state_dict().items()}
+    torch.save({"format": "cplearn 1", "student": teacher, "teacher": teacher, "args": args}, folder / "checkpoint.pth")
+    return folder, ["--checkpoint", str(folder / "checkpoint.pth"), "--data_path", str(folder), "--device", "cpu"]
+
+
+def test_command_writes_its_scores(run, capsys):
+    folder, flags = run
+    eval_knn.main([*flags, "--nb_knn", "1", "5", "--num_workers", "0", "--output_dir", str(folder / "out" / "knn")])
+    results = json.loads((folder / "out" / "knn" / "results_knn.json").read_text())
+    assert (results["num_train"], results["num_test"]) == (30, 18)
+    assert results["accuracy"].keys() == {"1", "5"}
+    assert results["accuracy"]["1"]["top1"] > 60  # colours tell the classes apart
+    assert results["settings"]["img_size"] == 16  # the checkpoint's, not the data set's 224
+    assert results["settings"]["mean"] == [0.5] * 3
+    assert results["model"]["arch"] == "resnet8"
+    assert results["versions"]["torch"] == torch.__version__
+    assert f"top-1 {results['accuracy']['1']['top1']:6.2f} %" in capsys.readouterr().out
+
+
+def test_dino_s_spelling_and_batch_size_change_nothing(run, capsys):
+    _, flags = run
+    outputs = []
+    for first, batch_size in (("--checkpoint", "128"), ("--pretrained_weights", "7")):
+        eval_knn.main([first, *flags[1:], "--nb_knn", "3", "--num_workers", "0", "--batch_size", batch_size])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nb_knn", "31"], "--nb_knn 31: expected from 1 to 30"),
+        (["--checkpoint_key", "techer"], "no state dict under --checkpoint_key techer; the file has: student, teacher"),
+        (["--data_path", "{folder}/flat"], "its train images have no labels"),
+        (["--data_path", "{folder}/odd"], "different class folders"),
+        (["--output_dir", "{folder}/checkpoint.pth"], "--output_dir"),
+    ],
+)
+def test_command_stops_with_one_line(run, flags, message, capsys):
+    folder, first = run
+    for name in ("flat/train", "flat/val", "odd/train/a", "odd/train/b", "odd/val/b", "odd/val/c"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(folder / name / "x.png")
+    with pytest.raises(SystemExit) as stop:
+        eval_knn.main([*first, "--num_workers", "0", *(flag.format(folder=folder) for flag in flags)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,329 @@
+"""Files of every kind a user may have, made here: what opens gives the right features, what does not says why."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import utils
+from backbones import build_backbone
+from cplearn_head import CPLearnHead
+from features import PretrainedModel, add_checkpoint_arguments, extract_features, load_pretrained, open_model
+from utils import UserError
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit(seed, patch_size=8, in_chans=3):
+    torch.manual_seed(seed)
+    return build_backbone("vit_tiny", img_size=32, patch_size=patch_size, in_chans=in_chans).eval()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def dino_head():
+    shapes = {f"mlp.{i}.weight": (32, 32) for i in (0, 2, 4)} | {f"mlp.{i}.bias": (32,) for i in (0, 2, 4)}
+    shapes |= {"last_layer.weight_g": (100, 1), "last_layer.weight_v": (100, 32)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    """(path of a training checkpoint as DINO writes it, its student, its teacher)."""
+    path = tmp_path_factory.mktemp("dino") / "checkpoint.pth"
+    student, teacher = vit(1), vit(2)
+    args = argparse.Namespace(arch="vit_tiny", patch_size=8, lr=np.float64(5e-4), output_dir=Path("/somewhere"), seed=0)
+    checkpoint = {
+        "student": prefixed("module.backbone.", student.state_dict()) | prefixed("module.head.", dino_head()),
+        "teacher": prefixed("backbone.", teacher.state_dict()) | prefixed("head.", dino_head()),
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-3), "weight_decay": np.float64(0.04)}]},
+        "epoch": 17,
+        "args": args,
+        "dino_loss": {"center": torch.zeros(1, 100)},
+    }
+    torch.save(checkpoint, path)
+    return path, student, teacher
+
+
+@pytest.mark.parametrize("key", [None, "teacher", "student"])
+def test_dino_s_training_checkpoint(dino, key):
+    path, student, teacher = dino
+    model = load_pretrained(path, checkpoint_key=key)
+    source = student if key == "student" else teacher
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), source(IMAGES))
+    assert model.assign(IMAGES) is None
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    expected = {"arch": "vit_tiny", "patch_size": 8, "img_size": 32, "in_chans": 3, "epoch": 17, "mean": None}
+    assert model.settings | expected == model.settings
+    assert model.settings["checkpoint_key"] == (key or "teacher")
+
+
+@pytest.mark.parametrize(("activation", "seed"), [("l2", 3), ("tanh", 4)])
+def test_our_checkpoint_gives_features_and_codes(tmp_path, activation, seed):
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet8", width=24).eval()
+    head = CPLearnHead(24, out_dim=1001, proj_dim=20, activation=activation, batch_size=512, seed=seed)
+    head(torch.randn(50, 24))  # moves the running statistics
+    state = prefixed("backbone.", backbone.state_dict()) | prefixed("head.", head.state_dict())
+    args = {
+        "arch": "resnet8",
+        "img_size": 32,
+        "patch_size": 16,
+        "in_chans": 3,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1.0] * 3,
+    }
+    args |= {"activation": activation, "dataset": "cifar10", "out_dim": 1001, "proj_dim": 20, "width": 24}
+    torch.save(
+        {"format": "cplearn 1", "student": state, "teacher": state, "epoch": 3, "args": args}, tmp_path / "c.pth"
+    )
+
+    model = load_pretrained(tmp_path / "c.pth")
+    with torch.no_grad():
+        features = backbone(IMAGES)
+        expected = head.eval().logits(head(features)).argmax(dim=1)
+        assert torch.equal(model(IMAGES), features)
+    assert torch.equal(model.assign(IMAGES), expected)
+    assert model.assign(IMAGES).dtype == torch.int64
+    assert model.head.tau == head.tau  # of a batch of 512
+    assert model.settings["mean"] == [0.1, 0.2, 0.3]
+    assert model.settings["dataset"] == "cifar10"
+    assert model.settings["patch_size"] is None  # a ResNet has none, whatever the flags said
+
+
+FLAT_FILES = {
+    "released by DINO": lambda state: state,
+    "with prefixes": lambda state: prefixed("module.backbone.", state),
+    "compiled": lambda state: prefixed("_orig_mod.", state),
+    "half precision": lambda state: {name: tensor.half() for name, tensor in state.items()},
+    "under one key": lambda state: {"model": state},
+    "with DINO's head": lambda state: prefixed("backbone.", state) | prefixed("head.", dino_head()),
+}
+
+
+@pytest.mark.parametrize("kind", FLAT_FILES)
+def test_flat_files_are_known_by_their_shapes(tmp_path, kind):
+    backbone = vit(5)
+    torch.save(FLAT_FILES[kind](backbone.state_dict()), tmp_path / "weights.pth")
+    model = load_pretrained(tmp_path / "weights.pth")
+    tolerance = 0.05 if kind == "half precision" else 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), backbone(IMAGES), atol=tolerance, rtol=0)
+    assert model.settings["arch"] == "vit_tiny"
+    assert (model.settings["img_size"], model.settings["patch_size"]) == (32, 8)
+
+
+def test_safetensors(tmp_path):
+    backbone = vit(6, patch_size=16, in_chans=1)
+    safetensors.torch.save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    model = load_pretrained(str(tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES[:, :1]), backbone(IMAGES[:, :1]))
+    assert (model.settings["in_chans"], model.settings["patch_size"]) == (1, 16)
+
+
+def test_timm_s_classifier_is_left_out_and_said_so(tmp_path, capsys):
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=1000).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    model = load_pretrained(tmp_path / "timm.pth")
+    assert "left out its classifier head (1000 classes)" in capsys.readouterr().err
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), theirs.forward_features(IMAGES)[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_timm_backbone_and_its_classifier(tmp_path):
+    theirs = timm.create_model("test_resnet", num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    model = load_pretrained(tmp_path / "timm.pth", arch="test_resnet")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), theirs.forward_head(theirs.forward_features(IMAGES), pre_logits=True))
+
+
+def test_another_image_size_interpolates(dino):
+    path, _, teacher = dino
+    model = load_pretrained(path, img_size=48)
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(model(x), teacher(x))
+    assert model.settings["img_size"] == 48
+
+
+# ---- what does not open ----------------------------------------------------------------------------------------------
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(UserError) as error:
+        load_pretrained(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_key_lists_the_keys_there_are(dino):
+    message = refusal(dino[0], checkpoint_key="model")
+    assert message.endswith("no state dict under --checkpoint_key model; the file has: student, teacher")
+
+
+def test_a_key_for_a_file_without_keys(tmp_path):
+    torch.save(vit(0).state_dict(), tmp_path / "flat.pth")
+    assert "--checkpoint_key teacher: the file is one flat state dict" in refusal(tmp_path / "flat.pth", "teacher")
+
+
+def test_partial_matches_are_counted_and_listed(tmp_path):
+    state = vit(0).state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.11.")}
+    torch.save(kept | {"extra.weight": torch.ones(1)}, tmp_path / "partial.pth")
+    message = refusal(tmp_path / "partial.pth", arch="vit_tiny")
+    assert "138 of 150 tensors match" in message
+    assert "missing: blocks.11.norm1.weight, " in message
+    assert "and 4 more, 12 in all" in message
+    assert "unexpected: extra.weight;" in message
+
+
+def test_shapes_that_differ_are_listed(dino):
+    message = refusal(dino[0], patch_size=16)
+    assert "149 of 150 tensors match" in message or "148 of 150 tensors match" in message
+    assert "patch_embed.proj.weight 192x3x8x8 instead of 192x3x16x16" in message
+
+
+def test_another_architecture(dino):
+    assert "vit_small: " in (message := refusal(dino[0], arch="vit_small"))
+    assert "of 150 tensors match" in message
+
+
+def test_a_file_that_does_not_name_its_backbone(tmp_path):
+    torch.save(build_backbone("resnet8", width=8).state_dict(), tmp_path / "flat.pth")
+    assert "name it with --arch" in refusal(tmp_path / "flat.pth")
+    assert load_pretrained(tmp_path / "flat.pth", arch="resnet8").embed_dim == 8
+
+
+def test_names_folders_and_missing_files_are_no_checkpoints(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    for name in (
+        "vit_small",
+        "dino_vits16",
+        "https://example.org/dino.pth",
+        "hf-hub:timm/vit_tiny",
+        "lost.safetensors",
+    ):
+        assert "no such file" in refusal(name)
+    assert "is a folder; expected a file, such as" in refusal(tmp_path)
+
+
+def test_files_that_hold_something_else(tmp_path):
+    for name, content in {"list": [1, 2], "center": {"center": torch.zeros(3)}, "step": {"step": 3}}.items():
+        torch.save(content, tmp_path / name)
+        assert "holds a list" in refusal(tmp_path / name) or name != "list"
+        assert "holds no state dict; its keys: " in refusal(tmp_path / name) or name == "list"
+    (tmp_path / "broken.safetensors").write_bytes(b"12345678901234567890")
+    assert "cannot be read" in refusal(tmp_path / "broken.safetensors")
+
+
+def test_image_size_must_suit_the_patches(dino):
+    assert "--img_size 30 is not a multiple of the model's patch size 8" in refusal(dino[0], img_size=30)
+
+
+def test_flags_not_given_are_the_checkpoint_s(dino):
+    parser = argparse.ArgumentParser()
+    add_checkpoint_arguments(parser)
+    args = parser.parse_args(["--pretrained_weights", str(dino[0])])
+    args.img_size, args.in_chans, args.mean, args.std, args.dataset = None, None, [0.5] * 3, None, "cifar10"
+    assert open_model(args, torch.device("cpu")).embed_dim == 192
+    assert (args.img_size, args.in_chans, args.mean, args.std) == (32, 3, [0.5] * 3, None)
+    args.dataset = None
+    with pytest.raises(UserError, match="--dataset"):
+        open_model(args, torch.device("cpu"))
+
+
+# ---- extraction ------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def pixels(num):
+    return torch.randn(num, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def batched(images, order, size):
+    """(indices, images) as data.eval_batches yields them."""
+    return ((np.array(order[i : i + size]), images[order[i : i + size]]) for i in range(0, len(order), size))
+
+
+@torch.no_grad()
+def test_features_stand_in_the_data_set_s_order():
+    images, backbone = pixels(11), build_backbone("resnet8", width=6)
+    model = PretrainedModel(backbone, CPLearnHead(6, out_dim=64))
+    order = [7, 0, 3, 10, 1, 9, 2, 8, 4, 6, 5, 7, 3]  # a short last batch, and two images come twice
+    features, codes = extract_features(model, batched(images, order, 4), 11, CPU)
+    torch.testing.assert_close(features, backbone(images), atol=1e-6, rtol=1e-5)
+    assert torch.equal(codes, model.assign(images))
+    assert features.dtype == torch.float32
+    half, _ = extract_features(model, batched(images, order, 4), 11, CPU, precision="bf16")
+    torch.testing.assert_close(half, features, atol=0.02 * features.abs().max().item(), rtol=0)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, features)
+
+
+def test_a_missing_image_is_an_error():
+    with pytest.raises(ValueError, match="1 of 5 images never came, the first has index 3"):
+        extract_features(torch.nn.Flatten(), batched(pixels(5), [0, 1, 2, 4], 2), 5, CPU)
+
+
+def test_extraction_is_in_eval_mode_and_leaves_the_mode_as_it_was():
+    backbone = build_backbone("resnet18").train()
+    before = backbone.bn1.running_mean.clone()
+    features, codes = extract_features(backbone, batched(pixels(4), range(4), 2), 4, CPU)
+    one_by_one, _ = extract_features(backbone, batched(pixels(4), range(4), 1), 4, CPU)
+    torch.testing.assert_close(features, one_by_one, atol=1e-5, rtol=1e-5)  # batch statistics would differ
+    assert backbone.training
+    assert torch.equal(backbone.bn1.running_mean, before)
+    assert codes is None
+    features @ torch.ones(512, 1, requires_grad=True)  # a probe may be trained on them
+
+
+def test_raw_pixels_need_no_model():
+    features, codes = extract_features(torch.nn.Flatten(), batched(pixels(5), range(5), 2), 5, CPU)
+    assert torch.equal(features, pixels(5).flatten(1))
+    assert codes is None
+
+
+def extract_in_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
+    results = {}
+    for num, padding in ((7, []), (7, [0, 1, 2]), (1, [])):
+        order = [*range(num), *padding]  # padded as samplers do, so that some images are seen by both
+        shares = batched(pixels(num), order[rank::2], 2)
+        results[num, len(padding)] = extract_features(model, shares, num, CPU)
+    torch.save(results, f"{folder}/{rank}.pth")
+    with pytest.raises(ValueError, match="1 of 3 images never came"):
+        extract_features(model, batched(pixels(3), [rank], 2), 3, CPU)
+    dist.destroy_process_group()
+
+
+@torch.no_grad()
+def test_two_processes_have_every_image_exactly_once(tmp_path):
+    torch.multiprocessing.spawn(extract_in_two, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
+    for rank in range(2):
+        results = utils.load_checkpoint(tmp_path / f"{rank}.pth")
+        assert results.keys() == {(7, 0), (7, 3), (1, 0)}
+        for (num, _), (features, codes) in results.items():
+            torch.testing.assert_close(features, model(pixels(num)), atol=1e-6, rtol=1e-5)
+            assert torch.equal(codes, model.assign(pixels(num)))

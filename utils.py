@@ -1,0 +1,372 @@
+"""What several scripts share and what stays the same with another method, backbone or data set:
+errors a user can mend, the process group, schedules, the optimizer's parameter groups, and checkpoints."""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class UserError(Exception):
+    """Something the user typed or gave us is wrong: shown as one line, no traceback."""
+
+    exit_code = 2
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that shows every default, takes no abbreviations, and reports a mistake as one UserError line."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command_line(main):
+    """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            # every rank meets the same bad flag; only a multi-process run needs to know which one speaks
+            who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+            print(f"error{who}: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return run
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def init_distributed(device="auto"):
+    """Join the process group and return this process's torch.device.
+
+    One process without torchrun is a group of size one, so that there is one path. Under torchrun or SLURM the usual
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. CUDA tensors travel by nccl, CPU tensors by gloo.
+
+    device: "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu". Raises UserError for a device that is not there.
+    """
+    device = choose_device(device)
+    if dist.is_initialized():
+        return device
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and device.type == "mps":
+        raise UserError(f"--device mps: {world_size} processes were started, Apple's GPU serves one; use --device cpu")
+    if "RANK" in os.environ:
+        # a lost peer is an error after this time, not a hang
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def choose_device(name):
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(n for n, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: not available here; available: {[n for n, ok in available.items() if ok]}")
+    if name == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK {local_rank}: this node has {torch.cuda.device_count()} GPUs; lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """y = sum over processes of x. Every process's loss depends on y, so dL/dx is the sum of all dL/dy."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_reduce_mean(x):
+    """Mean of x over processes, differentiable: together with DDP's averaged gradients, N processes descend the loss of
+    one process on the joined batch. (A plain `dist.all_reduce` here makes the gradient wrong by 64 %.)"""
+    return x if world_size() == 1 else _AllReduceSum.apply(x) / world_size()
+
+
+def all_gather_rows(x):
+    """(n, ...) on each process, equal n -> (n * world_size, ...) in rank order, without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the joined batch of all processes, on any device and for any (B, C, ...) input.
+
+    torch.nn.SyncBatchNorm refuses CPU tensors; this one is the same code everywhere, so what the tests check on CPU is
+    what runs on GPUs. Equal batch sizes on all processes are assumed (loaders drop the last short batch).
+    Parameter and buffer names are torch's.
+    """
+
+    def _check_input_dim(self, x):
+        if x.dim() < 2:
+            raise ValueError(f"expected (B, C, ...), got shape {tuple(x.shape)}")
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        dims = [0, *range(2, x.dim())]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        wide = x.to(self.running_mean.dtype)  # statistics in float32 under autocast
+        mean = all_reduce_mean(wide.mean(dims))
+        centered = wide - mean.view(shape)
+        variance = all_reduce_mean(centered.square().mean(dims))
+        self._update_running_statistics(mean.detach(), variance.detach(), wide.numel() // wide.shape[1] * world_size())
+        normalised = centered * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean, variance, count):
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # torch keeps the unbiased variance
+
+
+def convert_sync_batchnorm(module):
+    """Replace every batch norm below `module` by SyncBatchNorm, keeping parameters and buffers; returns the module."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
+        synced = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        synced.load_state_dict(module.state_dict())
+        return synced.train(module.training)
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child))
+    return module
+
+
+class Objective(nn.Module):
+    """What the training loop knows of a method: features of each view in, a loss and its named terms out.
+
+    forward(features: list of V tensors (B, D), global crops first) -> (loss: scalar, terms: dict of scalars), float32.
+    The hooks below do nothing unless a method needs them (a teacher, a queue, a sampler, statistics of its codes).
+    """
+
+    advice = {}  # what to change, in words, for each kind that `monitor.diagnose` may find
+
+    def before_step(self, step):
+        """Called before the forward pass of global step `step`."""
+
+    def after_step(self, step):
+        """Called after the optimizer's step."""
+
+    def start_epoch(self):
+        """Statistics kept over an epoch begin anew."""
+
+    def statistics(self, features, averages):
+        """Named numbers for a logged line. features: (N, D) of one view, this step, all processes; averages: {name: mean}
+        of the loss and its terms since the last line. May wait for the device."""
+        return {}
+
+    def describe(self):
+        """Lines for the start of a run: what was derived from the flags."""
+        return []
+
+
+class Agreement:
+    """All processes act at the same step on what one of them has seen (a signal, a clock), without stopping the GPU.
+
+    `agree(wish)` returns the largest wish of any process at the *previous* call: the tiny all-reduce runs on CPU tensors
+    while the step is computed, and nobody waits for it.
+    """
+
+    def __init__(self):
+        self.pending = None
+
+    def agree(self, wish):
+        if world_size() == 1:
+            return wish
+        previous = self.settle()
+        value = torch.tensor(wish)
+        self.pending = (dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True), value)
+        return previous
+
+    def settle(self):
+        """Wait for the last call's answer (0 where there is none)."""
+        if self.pending is None:
+            return 0
+        work, value = self.pending
+        self.pending = None
+        work.wait()
+        return int(value)
+
+
+@contextlib.contextmanager
+def catch_signals(*signals):
+    """Collect signals instead of dying from them: yields a list that fills with the signal numbers received.
+
+    A second SIGINT interrupts at once: the user has waited long enough."""
+    received = []
+
+    def receive(number, frame):
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- randomness and schedules: functions, not histories --------------------------------------------------------------
+
+
+def seed_everything(*numbers):
+    """Seed torch, numpy and random from a tuple such as (seed, step, rank); torch's seeds all devices."""
+    words = np.random.SeedSequence([int(n) for n in numbers]).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[0] >> np.uint64(1)))
+    np.random.seed(int(words[1] & np.uint64(0xFFFFFFFF)))
+    random.seed(int(words[1]))
+
+
+def cosine_schedule(step, total_steps, base, final, warmup_steps=0):
+    """Value at `step`: linear from 0 to `base` during the warm-up, then half a cosine from `base` to `final`.
+
+    DINO's schedule, as a function of the step so that a resumed run needs one integer.
+    """
+    if step < warmup_steps:
+        return base * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(module):
+    """Two groups for the optimizer: decayed weights; and biases, norms, `cls_token`, `pos_embed`, without weight decay.
+
+    Each group carries `names`, the parameters' names in order."""
+    decayed, plain = {}, {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            no_decay = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed", "reg_token"))
+            (plain if no_decay else decayed)[name] = parameter
+    return [
+        {"params": list(decayed.values()), "names": list(decayed), "decayed": True},
+        {"params": list(plain.values()), "names": list(plain), "decayed": False, "weight_decay": 0.0},
+    ]
+
+
+# ---- checkpoints: plain data, written whole or not at all ------------------------------------------------------------
+
+
+def save_checkpoint(state, path):
+    """Write `state` beside `path`, force it to disk, then rename: at any moment `path` is a whole checkpoint.
+
+    Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(
+            f"{path}: could not be written ({' '.join(str(error).split())[:120]}); is the disk full?"
+        ) from error
+
+
+def _fsync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path):
+    """Load a checkpoint that holds plain data only; nothing in the file is ever executed.
+
+    Besides tensors and plain Python, exactly the harmless types of DINO's training files are admitted:
+    argparse.Namespace, numpy scalars and dtypes, pathlib paths. Returns the object on CPU.
+    Raises UserError for a file that is missing, truncated, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
+    try:
+        with torch.serialization.safe_globals(_harmless_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        at = reason.find("Unsupported")
+        raise UserError(f"{path}: refused, it holds more than plain data: {reason[max(0, at) :][:160]}") from None
+    except MemoryError:
+        raise UserError(f"{path}: refused, it asks for more memory than there is; is it damaged?") from None
+    except Exception as error:  # a damaged file fails in many ways, none of them ours to list
+        reason = " ".join(str(error).split())[:160]
+        whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
+
+
+def _harmless_types():
+    numpy_core = importlib.import_module("numpy._core.multiarray")
+    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
+    paths = [importlib.import_module("pathlib").PosixPath, importlib.import_module("pathlib").PurePosixPath]
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *dtypes,
+        (numpy_core.scalar, "numpy.core.multiarray.scalar"),  # the name in files of numpy 1
+        numpy_core.scalar,
+        *paths,
+    ]
