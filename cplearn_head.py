@@ -80,8 +80,9 @@ class CPLearnHead(nn.Module):
         h = b / ||b|| * sqrt(F / n)   "l2" (Eq. 1)      or   tanh(b)   "tanh" (section 3.3; the paper's experiments)
         s = h W / tau                                   (B, K) logits, W in {-1, +1}^(F x K)
 
-    in_dim: D.  out_dim: K, fewer than 1 / eps.  proj_dim: F, by default D.  batch_size: n, the images in one process's
-    batch; it sets tau once, tau is stored with the weights, and no later batch size changes a logit. With l2, n cancels.
+    in_dim: D.  out_dim: K, fewer than 1 / eps.  proj_dim: F, by default D.
+    batch_size: n, the images in one process's batch; it sets tau once, tau is stored with the weights, and no later
+    batch size changes a logit. With l2, n cancels.
     seed: of the dictionary. Everything runs in the parameters' dtype (float32), outside autocast.
     The state dict holds the dictionary as bits: F * K / 8 bytes.
     Raises UserError for sizes that cannot be.
@@ -175,9 +176,10 @@ class CPLearn(Objective):
     def forward(self, features):
         views = [self.head(x) for x in features]
         reduce_mean = partial(self._mean_over_processes, batch_size=len(features[0]))
-        return cplearn_loss(
-            views, self.head.codes, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
-        )  # fmt: skip
+        with torch.autocast(features[0].device.type, enabled=False):
+            return cplearn_loss(
+                views, self.head.codes, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
+            )
 
     def _mean_over_processes(self, local_mean, batch_size):
         if self.prior_scope == "global":
@@ -194,10 +196,11 @@ class CPLearn(Objective):
     def statistics(self, features, averages):
         """codes_used: codes that got at least half an image since the epoch began; perplexity of their distribution;
         prior_floor: the least prior that a batch of these N images can have; gap of the loss to Lemma 1's bound;
-        within_code: variance of features among images that share a code, relative to all (1: no collapse inside codes)."""
+        within_code: variance of features among images that share a code, relative to all (0: collapse inside codes)."""
         distribution = self.usage / self.usage.sum()
         num_images = len(features)
         return {
+            "num_codes": self.num_codes,
             "codes_used": int((self.usage >= 0.5).sum()),
             "perplexity": float(torch.special.entr(distribution).sum().exp()),
             "prior_floor": prior_floor(self.num_codes, num_images, self.prior),
@@ -209,7 +212,7 @@ class CPLearn(Objective):
     def describe(self):
         dim = self.head.codes.shape[0]
         return [
-            f"head: F = {dim}, K = {self.num_codes}, {self.head.activation}, tau = {self.head.tau:.6g}, beta = {self.beta}",
+            f"head: F = {dim}, K = {self.num_codes}, {self.head.activation}, tau = {self.head.tau:.6g}; beta = {self.beta}",
             f"dictionary: {self.head.codes.numel() / 2**20:.1f} MiB in memory (int8), "
             f"{dim * math.ceil(self.num_codes / 8) / 2**20:.2f} MiB in a checkpoint (bits)",
             f"Lemma 1: the loss cannot fall below "
@@ -251,8 +254,8 @@ def code_temperature(num_codes, dim, batch_size, eps=1e-8):
 def loss_lower_bound(num_codes, beta, prior="kl", eps=1e-8):
     """Lemma 1: the least value of `cplearn_loss` on a whole data set, in nats, when every p is at least eps.
 
-    -beta [ (1 - e) log(1 - e) + e log eps ] with e = eps (K - 1), plus 0 for "kl" or log K for "ce". A loss that reaches
-    it certifies that neither representation nor cluster collapse has happened.
+    -beta [ (1 - e) log(1 - e) + e log eps ] with e = eps (K - 1), plus 0 for "kl" or log K for "ce". A loss that
+    reaches it certifies that neither representation nor cluster collapse has happened.
     """
     rest = eps * (num_codes - 1)
     entropy = -((1 - rest) * math.log1p(-rest) + rest * math.log(eps))
@@ -270,8 +273,8 @@ def prior_floor(num_codes, num_images, prior="kl"):
 def rademacher_codes(dim, num_codes, seed=0):
     """Independent fair signs, (dim, num_codes) int8 of -1 and +1: a pure function of its arguments.
 
-    Bit k % 32 of a 32-bit hash of (seed, row, k // 32), so that any part of the dictionary can be computed alone and the
-    same on every device and version of torch.
+    Bit k % 32 of a 32-bit hash of (seed, row, k // 32), so that any part of the dictionary can be computed alone and
+    the same on every device and version of torch.
     """
     row = torch.arange(dim, dtype=torch.int64)[:, None]
     word = torch.arange(math.ceil(num_codes / 32), dtype=torch.int64)[None, :]

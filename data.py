@@ -199,8 +199,8 @@ class TrainLoader:
 
     images: what `open_dataset` returned.        args: resolved flags of this file, and args.seed.
     batch_size: per process. Step s of an epoch takes images [s N, (s + 1) N) of the epoch's order, with
-    N = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the number
-    of processes at equal N. What is left over at the end of an epoch is dropped.
+    N = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
+    number of processes at equal N. What is left over at the end of an epoch is dropped.
     Raises UserError if there are fewer images than one batch, or args.in_chans cannot be made from the images.
 
     .steps_per_epoch, .num_views; .bad_images {name: reason} of the files this process could not read so far;
@@ -799,7 +799,11 @@ def eval_batches(images, img_size, in_chans, mean, std, batch_size, rank=0, worl
     if isinstance(images, FolderImages):
         dataset = EvalDataset(images, img_size, in_chans)
         batches = torch.utils.data.DataLoader(
-            dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=already_collated, worker_init_fn=one_thread
+            dataset,
+            batch_sampler=steps,
+            num_workers=num_workers,
+            collate_fn=already_collated,
+            worker_init_fn=one_thread,
         )
     else:
         batches = (eval_batch_in_memory(images, step, img_size, in_chans) for step in steps)
@@ -829,7 +833,7 @@ class EvalDataset(torch.utils.data.Dataset):
             try:
                 x[row] = resize_and_center_crop(self.images.load(index, self.in_chans), self.img_size)
             except BadImage as error:
-                return f"cannot read {self.images.name(index)}: {error}; a score counts every image: repair or remove it"
+                return f"cannot read {self.images.name(index)}: {error}; a score counts all images: repair or remove it"
         return x
 
 

@@ -203,12 +203,13 @@ def _saved_settings(checkpoint):
 
 def _vit_settings(state):
     """What the shapes of a ViT's tensors say; empty for any other backbone."""
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+    patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if "cls_token" not in state or patches is None or positions is None or (patches.ndim, positions.ndim) != (4, 3):
         return {}
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    embed_dim, in_chans, patch_size, _ = patches.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     archs = {(192, 12): "vit_tiny", (384, 12): "vit_small", (768, 12): "vit_base", (1024, 24): "vit_large"}
-    grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+    grid = math.isqrt(positions.shape[1] - 1)
     return {
         "arch": archs.get((embed_dim, depth)),
         "img_size": grid * patch_size,

@@ -63,7 +63,7 @@ def init_distributed(device="auto"):
     """Join the process group and return this process's torch.device.
 
     One process without torchrun is a group of size one, so that there is one path. Under torchrun or SLURM the usual
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. CUDA tensors travel by nccl, CPU tensors by gloo.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. CUDA tensors go by nccl, CPU tensors by gloo.
 
     device: "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu". Raises UserError for a device that is not there.
     """
@@ -218,8 +218,8 @@ class Objective(nn.Module):
 class Agreement:
     """All processes act at the same step on what one of them has seen (a signal, a clock), without stopping the GPU.
 
-    `agree(wish)` returns the largest wish of any process at the *previous* call: the tiny all-reduce runs on CPU tensors
-    while the step is computed, and nobody waits for it.
+    `agree(wish)` returns the largest wish of any process at the *previous* call: the tiny all-reduce runs on CPU
+    tensors while the step is computed, and nobody waits for it.
     """
 
     def __init__(self):

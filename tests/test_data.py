@@ -20,6 +20,15 @@ from utils import UserError
 # Helpers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small operations on a busy machine: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_args(*flags, **changes):
     parser = argparse.ArgumentParser()
     data.add_dataset_arguments(parser)
@@ -299,8 +308,8 @@ def test_jitter_equals_torchvision_with_the_same_order_and_factors(photographs):
 
 
 def test_whole_chain_has_dinos_distribution(photographs):
-    """2000 views of one image, by DINO's own transforms on PIL images and by ours: the same in five statistics."""
-    count, mean, std = 2000, data.DATASETS["cifar10"]["mean"], data.DATASETS["cifar10"]["std"]
+    """1000 views of one image, by DINO's own transforms on PIL images and by ours: the same in five statistics."""
+    count, mean, std = 1000, data.DATASETS["cifar10"]["mean"], data.DATASETS["cifar10"]["std"]
     image = photographs[5]
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
@@ -328,7 +337,7 @@ def test_whole_chain_has_dinos_distribution(photographs):
 
 def test_shares_of_a_recipe():
     """How often each operation is drawn, from what changes in constant images with one known colour."""
-    count = 4000
+    count = 2500
     colour = torch.tensor([200, 100, 60], dtype=torch.uint8)[:, None, None].expand(count, 3, 8, 8)
     for name, gray, jitter in (("dino", 0.2, 0.8), ("small", 0.1, 0.1)):
         flags = ("--img_size", 8, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--augmentation", name)
@@ -456,7 +465,9 @@ def test_exif_orientation_is_applied(tmp_path, orientation, extension):
     assert np.abs(loaded - expected).max() <= 2
 
 
-@pytest.mark.parametrize("name", "a.jpg gray.jpg progressive.jpg cmyk.jpg a.png a.webp a.bmp a.tif a.ppm".split())
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "gray.jpg", "progressive.jpg", "cmyk.jpg", "a.png", "a.webp", "a.bmp", "a.tif"]
+)
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
 def test_a_truncated_file_is_a_bad_image(tmp_path, name, kept):
     pixels = Image.fromarray(picture(120, 160)).convert({"gray.jpg": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB"))
@@ -519,6 +530,7 @@ def some_bad(tmp_path):
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_bad_files_are_replaced_named_once_and_alike_with_any_number_of_workers(some_bad, capsys):
     epochs = {}
     for workers in (0, 1, 3):
@@ -908,7 +920,7 @@ def test_defaults_follow_the_data_set():
     ("flags", "message"),
     [
         (("--global_crops_scale", 0, 1), "0 < MIN"),
-        (("--global_crops_scale", 0.5, 0.4), "0.5 0.4"),
+        (("--global_crops_scale", 0.5, 0.4), r"0\.5 0\.4"),
         (("--local_crops_scale", 0.5, 1.5), "local_crops_scale"),
         (("--local_crops_number", -1), "-1"),
         (("--local_crops_size", 0), "local_crops_size"),
@@ -918,7 +930,7 @@ def test_defaults_follow_the_data_set():
         (("--mean", 0.1, 0.2), "2 values, --in_chans is 1"),
         (("--std", 0), "std above 0"),
         (("--mean", "nan"), "finite"),
-        (("--max_bad_images", 1.5), "1.5"),
+        (("--max_bad_images", 1.5), r"1\.5"),
         (("--in_chans", 0), "in_chans"),
     ],
 )
@@ -934,5 +946,5 @@ def test_channels_that_cannot_be_made(photographs):
     four = torch.cat([photographs, photographs[:, :1]], 1)
     loader = array_loader(four, "--in_chans", 4, "--augmentation", "dino")
     assert loader.augment(next(iter(loader.epoch(0))), "cpu")[0].shape == (16, 4, 32, 32)
-    with pytest.raises(UserError, match="--in_chans 3: these images have 4 channels; expected 4$"):
+    with pytest.raises(UserError, match=r"--in_chans 3: these images have 4 channels; expected 4$"):
         array_loader(four, "--in_chans", 3)

@@ -1,0 +1,341 @@
+"""The method against formulas written out by hand in float64, autograd, and the joined batch of several processes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from cplearn_head import (
+    CPLearn,
+    CPLearnHead,
+    code_temperature,
+    cplearn_loss,
+    loss_lower_bound,
+    pack_codes,
+    prior_floor,
+    rademacher_codes,
+    unpack_codes,
+    within_code_variance,
+)
+from utils import UserError, all_reduce_mean
+
+B, D, F, K = 12, 20, 24, 37
+
+
+def projector_by_hand(x, weight, bias, gamma, shift, activation, n):
+    """Eq. 1, entry by entry as written in the paper; float64."""
+    u = x @ weight.T + bias
+    b = (u - u.mean(0)) / torch.sqrt(((u - u.mean(0)) ** 2).mean(0) + 1e-5) * gamma + shift
+    if activation == "tanh":
+        return torch.tanh(b)
+    return b / torch.sqrt((b**2).sum(1, keepdim=True)) * math.sqrt(b.shape[1] / n)
+
+
+def loss_by_hand(hs, codes, tau, beta, prior):
+    """Eq. 2 and Appendix N with explicit sums over images, codes and ordered pairs; float64."""
+    ps = []
+    for h in hs:
+        e = torch.exp(h @ codes / tau)
+        ps.append(e / e.sum(1, keepdim=True))
+    pairs, invariance = 0, 0.0
+    for a in range(2):
+        for v in range(len(hs)):
+            if v != a:
+                invariance = invariance - (ps[a] * torch.log(ps[v])).sum() / len(hs[0])
+                pairs += 1
+    priors = 0.0
+    for a in range(2):
+        pbar = ps[a].sum(0) / len(hs[0])
+        num_codes = codes.shape[1]
+        priors = priors + (
+            (pbar * torch.log(num_codes * pbar)).sum() if prior == "kl" else -torch.log(pbar).sum() / num_codes
+        )
+    return beta * invariance / pairs + priors / 2
+
+
+@pytest.mark.parametrize("num_views", [2, 4])
+@pytest.mark.parametrize("prior", ["kl", "ce"])
+@pytest.mark.parametrize("activation", ["l2", "tanh"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_loss_and_gradients_equal_the_formulas_in_float64(num_views, prior, activation, dtype, tolerance):
+    torch.manual_seed(0)
+    head = CPLearnHead(D, K, F, activation, batch_size=7).to(dtype)
+    torch.nn.init.uniform_(head.bn.weight, 0.5, 2)
+    torch.nn.init.normal_(head.bn.bias)
+    features = [torch.randn(B, D, dtype=torch.float64) for _ in range(num_views)]
+    parameters = [p.detach().double().requires_grad_() for p in head.parameters()]
+    inputs = [x.clone().requires_grad_() for x in features]
+
+    tau = F / (math.sqrt(7) * math.log((1 - 1e-8 * (K - 1)) / 1e-8))
+    hs = [projector_by_hand(x, *parameters, activation, 7) for x in inputs]
+    expected = loss_by_hand(hs, head.codes.double(), tau, 0.3, prior)
+    expected_grads = torch.autograd.grad(expected, [*inputs, *parameters])
+
+    ours = [x.to(dtype).requires_grad_() for x in features]
+    loss, terms = CPLearn(head, beta=0.3, prior=prior)(ours)
+    grads = torch.autograd.grad(loss, [*ours, *head.parameters()])
+
+    assert loss.dtype == dtype
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert (0.3 * terms["invariance"] + terms["prior"]).item() == pytest.approx(expected.item(), rel=tolerance)
+    scale = max(g.abs().max() for g in expected_grads)
+    for got, want in zip(grads, expected_grads, strict=True):
+        # the linear bias has no gradient through batch norm, so errors are measured against the largest gradient
+        assert (got.double() - want).abs().max() <= tolerance * scale
+
+
+def test_loss_passes_gradcheck():
+    torch.manual_seed(1)
+    views = [torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    codes = rademacher_codes(6, 9)
+    for prior in ("kl", "ce"):
+        assert torch.autograd.gradcheck(lambda *v, p=prior: cplearn_loss(list(v), codes, 1.3, 0.7, p)[0], views)
+
+
+def test_authors_symmetrised_form_for_two_views():
+    """The authors' code: 1/2 [prior_1 + prior_2] + beta/2 [CE(p1, p2) + CE(p2, p1)], through torch's cross entropy."""
+    torch.manual_seed(2)
+    views = [torch.randn(B, F) for _ in range(2)]
+    codes = rademacher_codes(F, K)
+    logits = [h @ codes.float() / 2.0 for h in views]
+    p1, p2 = (s.softmax(1) for s in logits)
+    cross_entropy = torch.nn.functional.cross_entropy
+    invariance = (cross_entropy(logits[1], p1) + cross_entropy(logits[0], p2)) / 2
+    uniform = torch.full((K,), 1 / K)
+    prior = sum(cross_entropy(p.mean(0).log()[None], uniform[None]) for p in (p1, p2)) / 2
+    loss, _ = cplearn_loss(views, codes, 2.0, beta=0.4, prior="ce")
+    torch.testing.assert_close(loss, 0.4 * invariance + prior)
+
+
+def test_local_crops_are_predicted_but_never_targets():
+    torch.manual_seed(3)
+    views = [torch.randn(B, F, dtype=torch.float64) for _ in range(4)]
+    codes = rademacher_codes(F, K)
+    loss, _ = cplearn_loss(views, codes, 2.0)
+    swapped, _ = cplearn_loss([views[1], views[0], views[3], views[2]], codes, 2.0)
+    mixed, _ = cplearn_loss([views[0], views[2], views[1], views[3]], codes, 2.0)
+    torch.testing.assert_close(loss, swapped)
+    assert (loss - mixed).abs() > 1e-6
+
+
+def test_unbounded_logits_stay_finite():
+    views = [torch.full((3, F), 500.0, requires_grad=True) for _ in range(2)]
+    for prior in ("kl", "ce"):
+        loss, _ = cplearn_loss(views, rademacher_codes(F, K), 0.1, prior=prior)
+        gradients = torch.autograd.grad(loss, views)
+        assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("bad", ["prior", "shape", "one view"])
+def test_wrong_input_is_refused(bad):
+    views, prior = [torch.randn(4, F), torch.randn(4, F)], "kl"
+    if bad == "prior":
+        prior = "reverse"
+    if bad == "shape":
+        views[1] = torch.randn(4, F + 1)
+    if bad == "one view":
+        views = views[:1]
+    with pytest.raises(ValueError, match="expected"):
+        cplearn_loss(views, rademacher_codes(F, K), 1.0, prior=prior)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def joined_batch(views):
+    torch.manual_seed(4)
+    return [torch.randn(2 * B, D, dtype=torch.float64) for _ in range(views)]
+
+
+def build(prior, scope):
+    torch.manual_seed(5)
+    head = CPLearnHead(D, K, F).double()
+    return CPLearn(head, beta=0.3, prior=prior, prior_scope=scope)
+
+
+def step_on_a_share(rank, prior, scope):
+    objective = DistributedDataParallel(build(prior, scope), broadcast_buffers=False)
+    loss, _ = objective([x[rank * B : (rank + 1) * B] for x in joined_batch(3)])
+    loss.backward()
+    head = objective.module.head
+    mean_loss = all_reduce_mean(loss.detach())
+    state = [mean_loss, head.bn.running_mean, head.bn.running_var, objective.module.usage.double()]
+    return [t.numpy() for t in state + [p.grad for p in objective.parameters()]]
+
+
+@pytest.mark.parametrize("prior", ["kl", "ce"])
+def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior):
+    one = build(prior, "global")
+    loss, _ = one(joined_batch(3))
+    loss.backward()
+    state = [loss.detach(), one.head.bn.running_mean, one.head.bn.running_var, one.usage]
+    expected = [t.double().numpy() for t in state + [p.grad for p in one.parameters()]]
+    for shares in run_in_processes(step_on_a_share, prior, "global"):
+        for i, (got, want) in enumerate(zip(shares, expected, strict=True)):
+            tolerance = 1e-5 if i == 3 else 1e-12  # usage is a float32 statistic
+            np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_local_prior_is_another_objective(run_in_processes):
+    local = run_in_processes(step_on_a_share, "kl", "local")[0]
+    joined = run_in_processes(step_on_a_share, "kl", "global")[0]
+    assert abs(local[0] - joined[0]) > 1e-3
+    # by hand: the mean over processes of each one's own loss, with the joined batch norm
+    objective = build("kl", "local")
+    hs = [objective.head(x) for x in joined_batch(3)]
+    halves = [[h[:B] for h in hs], [h[B:] for h in hs]]
+    expected = sum(loss_by_hand(h, objective.head.codes.double(), objective.head.tau, 0.3, "kl") for h in halves) / 2
+    assert local[0] == pytest.approx(expected.item(), rel=1e-10)
+
+
+# ---- temperature, certificate ----------------------------------------------------------------------------------------
+
+
+def test_temperature_makes_a_code_as_sure_as_lemma_1_wants():
+    """An embedding equal to a code has logit kappa there; against K - 1 orthogonal codes p is 1 - eps (K - 1)."""
+    num_codes, dim, n = 65536, 384, 64
+    tau = code_temperature(num_codes, dim, n)
+    code = rademacher_codes(dim, 1).double()[:, 0]
+    h = code / code.norm() * math.sqrt(dim / n)
+    kappa = (h @ code).item() / tau
+    assert kappa == pytest.approx(18.42, abs=0.005)  # method.md; the paper's K = 65536
+    p = math.exp(kappa) / (math.exp(kappa) + num_codes - 1)
+    q = 1 - 1e-8 * (num_codes - 1)
+    assert math.log(q / 1e-8) == pytest.approx(kappa, rel=1e-12)
+    assert p == pytest.approx(q / (q + 1e-8 * (num_codes - 1)), rel=1e-12)
+
+
+def test_too_many_codes_are_refused():
+    with pytest.raises(UserError, match="out_dim 100000001"):
+        code_temperature(100_000_001, 384, 64)
+    assert code_temperature(99_999_999, 384, 64) > 0
+
+
+@pytest.mark.parametrize("prior", ["kl", "ce"])
+def test_bound_is_reached_by_the_minimiser_and_by_nothing_below(prior):
+    """Lemma 1's minimiser: every p is 1 - e (K - 1) at one code and e elsewhere, codes equally used."""
+    num_codes, eps, beta = 8, 1e-3, 0.25
+    p = torch.full((num_codes, num_codes), eps, dtype=torch.float64)
+    p.fill_diagonal_(1 - eps * (num_codes - 1))
+    logits = p.log()  # one image per code; an identity dictionary makes these the logits
+    loss, _ = cplearn_loss([logits, logits], torch.eye(num_codes), 1.0, beta, prior)
+    assert loss.item() == pytest.approx(loss_lower_bound(num_codes, beta, prior, eps), rel=1e-12)
+    torch.manual_seed(6)
+    for scale in (0.1, 1.0, math.log(p[0, 0] / eps) / 2):  # logits whose p stays above eps
+        other = torch.randn(num_codes, num_codes, dtype=torch.float64).clamp(-1, 1) * scale
+        assert cplearn_loss([other, other], torch.eye(num_codes), 1.0, beta, prior)[0] > loss
+
+
+def test_prior_floor_is_that_of_distinct_hard_codes():
+    p = torch.zeros(16, 128, dtype=torch.float64)
+    p[torch.arange(16), torch.arange(16)] = 1
+    logits = (p + 1e-300).log()
+    _, terms = cplearn_loss([logits, logits], torch.eye(128), 1.0)
+    assert terms["prior"].item() == pytest.approx(prior_floor(128, 16), rel=1e-12) == pytest.approx(math.log(8))
+    assert prior_floor(16, 128) == 0
+
+
+# ---- the dictionary and the checkpoint -------------------------------------------------------------------------------
+
+
+def test_codes_are_what_they_always_were():
+    """Known answers: a checkpoint that holds only the seed must find the same dictionary in every version."""
+    codes = rademacher_codes(3, 70, seed=5)
+    assert pack_codes(codes).tolist() == KNOWN_BITS
+    assert torch.equal(rademacher_codes(3, 200, seed=5)[:, :70], codes)  # a part does not depend on the whole
+    assert torch.equal(rademacher_codes(9, 70, seed=5)[:3], codes)
+    assert not torch.equal(rademacher_codes(3, 70, seed=6), codes)
+
+
+KNOWN_BITS = [
+    [84, 120, 215, 154, 156, 224, 156, 53, 17],
+    [86, 246, 166, 7, 78, 225, 55, 220, 43],
+    [158, 214, 11, 124, 197, 8, 178, 165, 63],
+]
+
+
+def test_codes_are_fair_and_uncorrelated():
+    codes = rademacher_codes(256, 4096).double()
+    assert set(codes.unique().tolist()) == {-1.0, 1.0}
+    assert abs(codes.mean()) < 4 / math.sqrt(codes.numel())
+    for gram, length in ((codes.T @ codes, 256), (codes @ codes.T, 4096)):
+        off = gram[~torch.eye(len(gram), dtype=bool)] / math.sqrt(length)
+        assert abs(off.mean()) < 0.02 and off.std() == pytest.approx(1, abs=0.02)  # Eq. 5: variance 1 / F
+
+
+@pytest.mark.parametrize("num_codes", [1, 7, 8, 9, 64, 131])
+def test_packing_and_back(num_codes):
+    codes = rademacher_codes(5, num_codes)
+    packed = pack_codes(codes)
+    assert packed.shape == (5, math.ceil(num_codes / 8)) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_codes(packed, num_codes), codes)
+    k = num_codes - 1
+    assert bool((packed[2, k // 8] >> (k % 8)) & 1) == (codes[2, k] > 0)
+
+
+def test_state_dict_holds_bits_and_restores_every_logit():
+    torch.manual_seed(7)
+    head = CPLearnHead(D, 131, F, batch_size=64, seed=1).eval()
+    state = head.state_dict()
+    assert state["codes"].dtype == torch.uint8 and state["codes"].numel() == F * 17
+    other = CPLearnHead(D, 131, F, batch_size=512, seed=2).eval()
+    other.load_state_dict(state)
+    x = torch.randn(B, D)
+    assert torch.equal(head.logits(head(x)), other.logits(other(x)))
+    assert torch.equal(head.assign(x), other.assign(x))
+
+
+def test_paper_sized_dictionary_is_4_megabytes():
+    """F = 2048, K = 16384 takes 134 MB in the paper's Table 8."""
+    assert pack_codes(rademacher_codes(2048, 16384)).numel() <= 4.2e6
+
+
+@pytest.mark.parametrize(("name", "value"), [("codes", None), ("scale", None), ("out_dim", 132)])
+def test_head_of_another_shape_is_refused(name, value):
+    state = CPLearnHead(D, 131, F).state_dict()
+    if name != "out_dim":
+        del state[name]
+    other = CPLearnHead(D, value or 131, F)
+    with pytest.raises(RuntimeError, match="codes" if name == "out_dim" else name):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("activation", ["l2", "tanh"])
+def test_logits_do_not_depend_on_the_batch(activation):
+    torch.manual_seed(8)
+    head = CPLearnHead(D, K, F, activation)
+    head(torch.randn(64, D))
+    head.eval()
+    x = torch.randn(B, D)
+    whole = head.logits(head(x))
+    for i in range(B):
+        torch.testing.assert_close(head.logits(head(x[i : i + 1]))[0], whole[i])
+
+
+def test_assign_uses_running_statistics_and_leaves_the_mode():
+    torch.manual_seed(9)
+    head = CPLearnHead(D, K, F)
+    head(torch.randn(64, D) * 3 + 1)
+    before = head.bn.running_mean.clone()
+    x = torch.randn(B, D)
+    codes = head.assign(x)
+    assert head.training and torch.equal(head.bn.running_mean, before)
+    assert torch.equal(torch.cat([head.assign(x[i : i + 1]) for i in range(B)]), codes)
+
+
+def test_head_is_float32_under_autocast():
+    head = CPLearnHead(D, K, F)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = CPLearn(head)([torch.randn(B, D, dtype=torch.bfloat16) for _ in range(2)])
+    assert loss.dtype == torch.float32
+
+
+def test_within_code_variance():
+    torch.manual_seed(10)
+    labels = torch.arange(40).repeat(50)
+    centres = torch.randn(40, 8) * 10
+    assert within_code_variance(torch.randn(2000, 8), labels) == pytest.approx(1, abs=0.05)  # labels say nothing
+    assert within_code_variance(centres[labels], labels) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(within_code_variance(torch.randn(40, 8), torch.arange(40)))

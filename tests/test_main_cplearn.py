@@ -1,0 +1,405 @@
+"""Training as a user runs it: the run resumed equals the run undisturbed, wrong things stop with one line."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_cplearn
+from cplearn_head import CPLearn
+from main_cplearn import parse_arguments, train
+from monitor import NonFiniteLoss, read_log
+from utils import UserError, load_checkpoint
+
+ROOT = Path(main_cplearn.__file__).parent
+NUM_IMAGES, BATCH = 96, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """96 train and 24 val images of 32 px in 3 classes, each class with a colour of its own."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", NUM_IMAGES), ("val", 24)):
+        for i in range(count):
+            path = root / split / f"class{i % 3}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 120, (32, 32, 3))
+            pixels[..., i % 3] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def flags(folder, output_dir, **changes):
+    """A small run: 12 steps an epoch, on a ViT with stochastic depth."""
+    values = {
+        "dataset": "imagefolder", "data_path": folder, "img_size": 32, "arch": "vit_tiny", "patch_size": 16,
+        "drop_path_rate": 0.1, "out_dim": 64, "batch_size_per_gpu": BATCH, "epochs": 2, "warmup_epochs": 1,
+        "precision": "fp32", "device": "cpu", "num_workers": 0, "log_every": 5, "saveckp_freq": 0, "output_dir": output_dir,
+    } | changes  # fmt: skip
+    words = []
+    for name, value in values.items():
+        words += (
+            [f"--{name}"] if value is True else [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+        )
+    return words
+
+
+def run(*args, **changes):
+    return train(parse_arguments(flags(*args, **changes)))
+
+
+def start(words, processes=1, **env):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = (torchrun if processes > 1 else [sys.executable]) + ["main_cplearn.py", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+
+
+def finish(process, timeout=300):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def tensors(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {k: v for name, value in items for k, v in tensors(value, f"{prefix}.{name}").items()}
+
+
+def assert_same_checkpoint(a, b):
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a["step"] == b["step"] and a["recorder"] == b["recorder"]
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 300
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+
+
+def logged(folder):
+    """The lines of log.txt without what the machine's speed decides."""
+    speed = ("images_per_s", "data_wait", "memory_mb")
+    return [{k: v for k, v in line.items() if k not in speed} for line in read_log(Path(folder) / "log.txt")]
+
+
+# ---- the main path ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_everything(folder, tmp_path, capsys):
+    steps = run(folder, tmp_path, epochs=4, knn_every=2, saveckp_freq=2, local_crops_number=2, local_crops_size=16)
+    assert steps == 48
+    lines = read_log(tmp_path / "log.txt")
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [line["epoch"] for line in epochs] == [0, 1, 2, 3]
+    assert {"train_loss", "train_lr", "train_wd", "epoch"} <= epochs[0].keys()  # DINO's names
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    assert epochs[1]["knn_top1"] > 60 and epochs[3]["knn_top1"] > 60  # three colours; chance is 33
+    step = next(line for line in lines if line["kind"] == "step")
+    assert step["train_loss"] == pytest.approx(0.25 * step["train_invariance"] + step["train_prior"], rel=1e-5)
+    assert step["prior_floor"] == pytest.approx(math.log(64 / BATCH))
+    assert 1 <= step["rankme"] <= 2 * BATCH and 0 <= step["data_wait"] <= 1
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"checkpoint.pth", "checkpoint0002.pth", "checkpoint0004.pth", "log.txt", "loss.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    said = capsys.readouterr().out
+    assert (
+        "effective batch 8 = 8 x 1; lr 1.56e-05" in said and "tau = " in said and "MiB in a checkpoint (bits)" in said
+    )
+
+
+def test_checkpoint_opens_with_plain_torch_load_and_as_dino_does(folder, tmp_path):
+    run(folder, tmp_path, max_steps=2)
+    state = torch.load(tmp_path / "checkpoint.pth")
+    assert state["epoch"] == 0 and state["step"] == 2 and state["args"]["arch"] == "vit_tiny"
+    for key in ("student", "teacher"):  # what DINO's load_pretrained_weights does
+        weights = {k.replace("module.", "").replace("backbone.", ""): v for k, v in state[key].items()}
+        backbone = main_cplearn.build_backbone("vit_tiny", 32, 16, 3)
+        missing, unexpected = backbone.load_state_dict(weights, strict=False)
+        assert missing == [] and all(name.startswith("head.") for name in unexpected)
+    size = (tmp_path / "checkpoint.pth").stat().st_size
+    parameters = sum(v.numel() for k, v in state["student"].items() if v.is_floating_point())
+    assert size < 4 * 3 * parameters * 1.05  # weights and two moments; student and teacher stored once
+
+
+def test_decay_spares_biases_norms_and_positions(folder, tmp_path):
+    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path)))
+    plain = next(g for g in built.optimizer.param_groups if not g["decayed"])
+    for name in ("backbone.cls_token", "backbone.pos_embed", "backbone.norm.weight", "objective.head.linear.bias"):
+        assert name in plain["names"]
+    assert "objective.head.linear.weight" not in plain["names"] and plain["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_every_optimizer_reduces_the_loss(folder, tmp_path, optimizer):
+    lr = {"adamw": 5e-3, "sgd": 3.0, "lars": 30.0}[optimizer]
+    run(folder, tmp_path, optimizer=optimizer, lr=lr, arch="resnet8", width=16, drop_path_rate=0, epochs=4)
+    losses = [line["train_loss"] for line in read_log(tmp_path / "log.txt") if line["kind"] == "epoch"]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_schedule_is_dinos():
+    """DINO's cosine_scheduler, as its arrays: linspace warm-up, then half a cosine over the remaining steps."""
+    from utils import cosine_schedule
+
+    warmup, total, base, final = 20, 100, 5e-4, 1e-6
+    rest = np.arange(total - warmup)
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * rest / len(rest)))
+    expected = np.concatenate([np.linspace(0, base, warmup), cosine])
+    np.testing.assert_allclose(
+        [cosine_schedule(s, total, base, final, warmup) for s in range(total)], expected, rtol=1e-12
+    )
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path / "whole")
+
+    def end_at_step_17(*args):
+        if args[1] == 17:
+            raise KeyboardInterrupt
+
+    original = main_cplearn.train_one_step
+    save = main_cplearn.save
+
+    def disturbed(current, batch, step):
+        if step == 17:
+            save(current, step)
+            raise KeyboardInterrupt
+        return original(current, batch, step)
+
+    monkeypatch.setattr(main_cplearn, "train_one_step", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "cut")
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == 17
+    monkeypatch.undo()
+    run(folder, tmp_path / "cut", num_workers=2)
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_five_times_equals_undisturbed(folder, tmp_path, processes):
+    """SIGKILL at random moments, restarted with another number of workers each time."""
+    rng = random.Random(processes)
+    long = {"epochs": 12, "batch_size_per_gpu": BATCH // processes, "save_every_minutes": 0.002, "arch": "vit_tiny"}
+    code, output = finish(start(flags(folder, tmp_path / "whole", **long), processes))
+    assert code == 0, output
+    steps = []
+    for attempt in range(6):
+        process = start(flags(folder, tmp_path / "cut", num_workers=attempt % 3, **long), processes)
+        if attempt == 5:
+            code, output = finish(process)
+            assert code == 0, output
+            break
+        for line in process.stdout:  # the moment counts from the first logged step
+            if "images/s" in line or "Error" in line:
+                break
+        time.sleep(rng.uniform(0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        checkpoint = tmp_path / "cut" / "checkpoint.pth"
+        steps.append(load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0)
+    assert steps == sorted(steps) and 0 < steps[-1] < 12 * NUM_IMAGES // BATCH, steps
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_saves_first(folder, tmp_path, number, processes):
+    process = start(flags(folder, tmp_path, epochs=1000, save_every_minutes=1000, batch_size_per_gpu=4), processes)
+    for line in process.stdout:
+        if "images/s" in line:
+            break
+    if processes == 1:
+        process.send_signal(number)
+    else:  # as a terminal or a scheduler does: to every process of the job
+        os.killpg(process.pid, number)
+    code, output = finish(process)
+    assert "stopped by a signal at step" in output and "Traceback" not in output.split("torch.distributed")[0]
+    if processes == 1:
+        assert code == 128 + number
+    step = load_checkpoint(tmp_path / "checkpoint.pth")["step"]
+    assert step >= 5 and f"stopped by a signal at step {step};" in output
+
+
+def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
+    run(folder, tmp_path, max_steps=3)
+    first = (tmp_path / "checkpoint.pth").read_bytes()
+    run(folder, tmp_path, max_steps=2, **{"no-resume": True})
+    assert (tmp_path / "checkpoint.pth.old1").read_bytes() == first
+    assert (tmp_path / "log.txt.old1").exists()
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
+
+
+def test_resume_from_a_path(folder, tmp_path):
+    run(folder, tmp_path / "a")
+    run(folder, tmp_path / "b", resume=tmp_path / "a" / "checkpoint.pth")  # finished already: nothing left to do
+    with pytest.raises(UserError, match="no such file"):
+        run(folder, tmp_path / "c", resume=tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"beta": 0.5}, "--beta 0.25 -> 0.5"), ({"batch_size_per_gpu": 4}, "effective batch 8 -> 4")]
+)
+def test_changed_flags_are_named(folder, tmp_path, change, said):
+    run(folder, tmp_path, max_steps=2)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UserError, match=said):
+        run(folder, tmp_path, max_steps=2, **change)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    if "beta" in change:
+        assert run(folder, tmp_path, max_steps=2, allow_changed_flags=True, **change) == 2
+
+
+def test_changed_data_is_named(folder, tmp_path):
+    run(folder, tmp_path, max_steps=2)
+    other = folder.parent / "others"
+    if not other.exists():
+        for i in range(16):
+            (other / "train").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(other / "train" / f"{i}.png")
+    with pytest.raises(UserError, match="data set's content"):
+        run(other, tmp_path, max_steps=2)
+
+
+def test_temperature_outlives_another_batch_size(folder, tmp_path):
+    """tanh's tau depends on the batch it was built for; the same effective batch on more processes keeps it."""
+    run(folder, tmp_path, max_steps=2, activation="tanh")
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, max_steps=2, activation="tanh", batch_size_per_gpu=4,
+                                                         allow_changed_flags=True)))  # fmt: skip
+    assert built.model.objective.head.tau != state["student"]["head.scale"][0]
+    main_cplearn.resume(built)
+    assert built.model.objective.head.tau == state["student"]["head.scale"][0]
+
+
+def test_nan_stops_before_it_is_saved(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, epochs=1)
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").rename(tmp_path / "kept.pth")
+    forward = CPLearn.forward
+    weights = {}
+
+    def poisoned(self, features):
+        loss, terms = forward(self, features)
+        poisoned.calls += 1
+        if poisoned.calls == 8:
+            weights["then"] = {k: v.clone() for k, v in self.state_dict().items() if "linear" in k}
+            terms = terms | {"invariance": terms["invariance"] * math.nan}
+            loss = terms["invariance"] + terms["prior"]
+        if poisoned.calls == 9:
+            weights["next"] = {k: v.clone() for k, v in self.state_dict().items() if "linear" in k}
+        return loss, terms
+
+    poisoned.calls = 0
+    monkeypatch.setattr(CPLearn, "forward", poisoned)
+    with pytest.raises(NonFiniteLoss, match="step 7: invariance is nan") as caught:
+        run(folder, tmp_path, epochs=1)
+    assert caught.value.exit_code == 1
+    assert all(torch.equal(weights["then"][k], weights["next"][k]) for k in weights["then"])  # the step was not taken
+    assert not (tmp_path / "checkpoint.pth").exists()
+    assert (tmp_path / "kept.pth").read_bytes() == good
+
+
+def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "images"
+    shutil.copytree(folder, copy)
+    broken = copy / "train" / "class0" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    run(copy, tmp_path / "some", max_bad_images=0.02)
+    said = capsys.readouterr().out
+    assert said.count("class0/000.png") == 1  # named once, in two epochs
+    assert [line["bad_images"] for line in read_log(tmp_path / "some" / "log.txt") if line["kind"] == "step"][-1] == 1
+    with pytest.raises(UserError, match="max_bad_images"):
+        run(copy, tmp_path / "none", max_bad_images=0)
+
+
+# ---- wrong things stop with one line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"out_dim": 100_000_001}, "out_dim 100000001"),
+        ({"out_dim": 0}, "--out_dim 0"),
+        ({"lr": -1}, "--lr -1"),
+        ({"lr": math.nan}, "--lr nan"),
+        ({"batch_size_per_gpu": 97}, "96 images do not fill one batch of 97"),
+        ({"patch_size": 5}, "--img_size 32 is not a multiple of --patch_size 5"),
+        ({"arch": "vit_smal"}, "vit_small"),
+        ({"data_path": "/no/such/folder"}, "/no/such/folder"),
+        ({"precision": "fp16"}, "fp16"),
+        ({"activation": "relu"}, "invalid choice: 'relu'"),
+        ({"output_dir": "/proc/nothing"}, "--output_dir /proc/nothing"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, changes, said):
+    with pytest.raises(UserError) as caught:
+        run(folder, **({"output_dir": tmp_path} | changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--momentum_teacher", "--teacher_temp=0.04", "--use_fp16", "--norm_last_layer"])
+def test_dino_only_flags_say_why(flag):
+    with pytest.raises(UserError, match="no meaning"):
+        parse_arguments([flag, "1"])
+
+
+def test_command_line_exit_codes(tmp_path):
+    code, output = finish(start(["--out_dim", "many", "--output_dir", str(tmp_path)]))
+    assert code == 2 and output.startswith("error: argument --out_dim") and output.count("\n") == 1
+    code, output = finish(start(["--help"]))
+    assert code == 0 and "if code usage falls, lower it" in output
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "empty"])
+def test_damaged_checkpoint_is_refused_and_runs_nothing(folder, tmp_path, damage):
+    path, flag = tmp_path / "checkpoint.pth", tmp_path / "executed"
+    if damage == "pickle":
+
+        class Attack:
+            def __reduce__(self):
+                return os.system, (f"touch {flag}",)
+
+        torch.save({"format": "cplearn 1", "student": Attack()}, path)
+    else:
+        run(folder, tmp_path, max_steps=1)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="plain data" if damage == "pickle" else "cannot be read"):
+        run(folder, tmp_path, max_steps=1)
+    assert not flag.exists() and path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_real_size(tmp_path):
+    """The issue's own command, for two steps, with and without local crops."""
+    for local in (0, 2):
+        words = ["--dataset", "fashion_mnist", "--arch", "vit_small", "--patch_size", "7", "--img_size", "28", "--out_dim",
+                 "131072", "--batch_size_per_gpu", "16", "--max_steps", "2", "--log_every", "1", "--device", "cpu",
+                 "--local_crops_number", str(local), "--local_crops_size", "14", "--output_dir", str(tmp_path / str(local))]  # fmt: skip
+        code, output = finish(start(words, processes=2), timeout=600)
+        assert code == 0, output
+        lines = [json.loads(line) for line in (tmp_path / str(local) / "log.txt").read_text().splitlines()]
+        assert lines[-1]["step"] == 2 and math.isfinite(lines[-1]["train_loss"])
