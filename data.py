@@ -53,52 +53,108 @@ def add_dataset_arguments(parser):
     None stands for "depends on the data set", see `resolve_dataset_defaults`.
     """
     add = parser.add_argument
-    add("--dataset", default="fashion_mnist", choices=sorted(DATASETS),
-        help="imagefolder: your own images, whatever --data_path holds; the others: small known sets, kept in memory")
-    add("--data_path", default=None,
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        choices=sorted(DATASETS),
+        help="imagefolder: your own images, whatever --data_path holds; the others: small known sets, kept in memory",
+    )
+    add(
+        "--data_path",
+        default=None,
         help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), or a text "
         "file with one path per line; train/ and val/ (or test/) in it are found. Other data sets: where their files "
-        "are, or where to download them to")
-    add("--class_list", default=None, metavar="FILE",
+        "are, or where to download them to",
+    )
+    add(
+        "--class_list",
+        default=None,
+        metavar="FILE",
         help="keep only the classes named in this file, one per line or separated by blanks; imagenet100_classes.txt "
-        "makes ImageNet-100 out of ImageNet")
-    add("--img_size", type=int, default=None,
+        "makes ImageNet-100 out of ImageNet",
+    )
+    add(
+        "--img_size",
+        type=int,
+        default=None,
         help="side of the global crops in pixels; default 224 for imagefolder, else the data set's own. Lower it when "
-        "your images are smaller; must suit --patch_size")
-    add("--in_chans", type=int, default=None,
+        "your images are smaller; must suit --patch_size",
+    )
+    add(
+        "--in_chans",
+        type=int,
+        default=None,
         help="1 or 3; default: the data set's. Gray images are repeated to 3 channels, colour images turned to gray "
-        "for 1: use that when colour means nothing in your images")
-    add("--mean", type=float, nargs="+", default=None,
+        "for 1: use that when colour means nothing in your images",
+    )
+    add(
+        "--mean",
+        type=float,
+        nargs="+",
+        default=None,
         help="per channel, on the [0, 1] scale; default: the data set's, ImageNet's for imagefolder. Give your own for "
-        "images that look unlike photographs")
+        "images that look unlike photographs",
+    )
     add("--std", type=float, nargs="+", default=None, help="per channel, on the [0, 1] scale; see --mean")
-    add("--num_workers", type=int, default=None,
+    add(
+        "--num_workers",
+        type=int,
+        default=None,
         help="processes that decode and crop, per training process; default 10, or this process's share of the cpus if "
         "that is less. Raise it when the log shows time spent waiting for data; 0 decodes in the training process. "
-        "Sets in memory need none")
+        "Sets in memory need none",
+    )
 
 
 def add_augmentation_arguments(parser):
     """Adds the flags that say how views are made in training; None as in `add_dataset_arguments`."""
     add = parser.add_argument
-    add("--augmentation", default=None, choices=("dino", "small"),
+    add(
+        "--augmentation",
+        default=None,
+        choices=("dino", "small"),
         help="dino: random resized crop, flip, colour jitter, grayscale, blur, solarisation. small: Table 6 of the "
         "CPLearn paper: padded crop, flip (not for svhn), rare jitter and grayscale, pixel noise. Default: dino for "
-        "imagefolder, small for the others; choose small for folders of tiny images")
-    add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), metavar=("MIN", "MAX"),
+        "imagefolder, small for the others; choose small for folders of tiny images",
+    )
+    add(
+        "--global_crops_scale",
+        type=float,
+        nargs=2,
+        default=(0.4, 1.0),
+        metavar=("MIN", "MAX"),
         help="area of a global crop, as a fraction of the image; a lower MIN makes views differ more. DINO takes 0.25 "
-        "1 when it adds local crops")
-    add("--local_crops_number", type=int, default=0,
+        "1 when it adds local crops",
+    )
+    add(
+        "--local_crops_number",
+        type=int,
+        default=0,
         help="small crops besides the two global ones; 0 is the paper. More cost time and memory per step and may need "
-        "fewer epochs")
-    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), metavar=("MIN", "MAX"),
-        help="area of a local crop, as a fraction of the image")
-    add("--local_crops_size", type=int, default=None,
+        "fewer epochs",
+    )
+    add(
+        "--local_crops_scale",
+        type=float,
+        nargs=2,
+        default=(0.05, 0.4),
+        metavar=("MIN", "MAX"),
+        help="area of a local crop, as a fraction of the image",
+    )
+    add(
+        "--local_crops_size",
+        type=int,
+        default=None,
         help="side of the local crops in pixels; default 96 at --img_size 224, else in that proportion, to a multiple "
-        "of 16 (of 4 below 128 px). Must suit --patch_size")
-    add("--max_bad_images", type=float, default=0.01,
+        "of 16 (of 4 below 128 px). Must suit --patch_size",
+    )
+    add(
+        "--max_bad_images",
+        type=float,
+        default=0.01,
         help="the run ends when more than this fraction of the images cannot be read; until then another image takes "
-        "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad")
+        "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad",
+    )
 
 
 def resolve_dataset_defaults(args):

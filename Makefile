@@ -1,0 +1,51 @@
+# make demo | test | lint | help.  Everything is installed into .venv; nothing else on the machine is changed, except that
+# `make demo` run by root installs Debian's package of Fashion-MNIST, and python3-venv where it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := runs/demo
+APT := apt-get -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends install
+
+# about five minutes on two cores
+DEMO_FLAGS := --dataset fashion_mnist --arch vit_tiny --patch_size 7 --out_dim 1024
+
+.PHONY: help demo test lint format data clean
+
+help: ## show what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+demo: $(VENV)/.run data ## pretrain on Fashion-MNIST for about five minutes on two cores, evaluate, leave figures in runs/demo
+	$(RUN) main_cplearn.py $(DEMO_FLAGS) --output_dir $(DEMO)
+	$(RUN) eval_knn.py --checkpoint $(DEMO)/checkpoint.pth --nb_knn 20 --baselines --output_dir $(DEMO)
+	@echo "run folder: $(DEMO)"; ls $(DEMO)
+
+test: $(VENV)/.dev data ## install what the tests need and run them
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev ## ruff: style, imports, likely mistakes
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.dev ## let ruff rewrite what lint complains of
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+data: ## Fashion-MNIST from Debian's package where that can be installed; elsewhere torchvision downloads it
+	@if [ ! -e /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    $(APT) dataset-fashion-mnist >/dev/null 2>&1 || { apt-get -qq update; $(APT) dataset-fashion-mnist >/dev/null; } || true; \
+	fi
+
+clean: ## remove .venv and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); [ "$$(id -u)" = 0 ] && apt-get -qq update && $(APT) python3-venv && $(PYTHON) -m venv $(VENV); }
+
+$(VENV)/.run: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.run
