@@ -212,7 +212,7 @@ class CPLearn(Objective):
     def describe(self):
         dim = self.head.codes.shape[0]
         return [
-            f"head: F = {dim}, K = {self.num_codes}, {self.head.activation}, tau = {self.head.tau:.6g}; beta = {self.beta}",
+            f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}",
             f"dictionary: {self.head.codes.numel() / 2**20:.1f} MiB in memory (int8), "
             f"{dim * math.ceil(self.num_codes / 8) / 2**20:.2f} MiB in a checkpoint (bits)",
             f"Lemma 1: the loss cannot fall below "

@@ -10,6 +10,7 @@ accuracy in percent of the validation images and, with --output_dir, writes resu
 Shapes: N training images, M test images, D features, C classes, k neighbours, b test images at a time.
 """
 
+import argparse
 import json
 import platform
 from pathlib import Path
@@ -19,10 +20,11 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 import data
 import utils
-from features import add_checkpoint_arguments, extract_features, open_model
+from features import add_checkpoint_arguments, extract_features, load_pretrained, open_model
 from utils import UserError
 
 MEMORY_MB = 1024  # what the similarities and votes of one chunk of test images may take
@@ -40,6 +42,12 @@ def get_args_parser():
         "--temperature", type=float, default=0.07, help="votes weigh exp(similarity / temperature); lower: nearest ones"
     )
     add("--batch_size", type=int, default=128, help="images per forward pass and process; any value, same result")
+    add(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also classify raw pixels, and features of the same backbone with random weights: what training must beat",
+    )
     add("--output_dir", default=None, help="folder for results_knn.json (default: only printed)")
     return parser
 
@@ -55,19 +63,37 @@ def main(argv=None):
     if train_images.classes != test_images.classes:  # labels count the folders of a split
         raise UserError(f"--data_path {args.data_path}: train and val have different class folders; see --class_list")
     check_knn(args.nb_knn, args.temperature, len(train_images))
+    models = {"checkpoint": model}
+    if args.baselines:
+        torch.manual_seed(0)
+        models = {"raw pixels": nn.Flatten(), "random weights": random_backbone(args).to(device), **models}
+    labels = [torch.as_tensor(images.labels) for images in (train_images, test_images)]
+    accuracy = {}
+    for name, each in models.items():
+        accuracy[name] = evaluate(each, train_images, test_images, labels, args, device)
+        for k, scores in (accuracy[name] or {}).items():
+            print(f"{name:14s}  {k:4d}-NN  top-1 {scores['top1']:6.2f} %  top-5 {scores['top5']:6.2f} %", flush=True)
+    if output_dir and utils.rank() == 0:
+        results = {"accuracy": accuracy.pop("checkpoint"), "baselines": accuracy}
+        results |= {"num_train": len(train_images), "num_test": len(test_images)}
+        write_results(output_dir / "results_knn.json", results, args, model)
+
+
+def evaluate(model, train_images, test_images, labels, args, device):
+    """{k: {"top1", "top5"}} on rank 0; None on the others, which only extract features."""
     train_features = features_of(train_images, model, args, device)
     test_features = features_of(test_images, model, args, device)
     if utils.rank() > 0:
-        return
-    train_labels, test_labels = (torch.as_tensor(images.labels) for images in (train_images, test_images))
-    accuracy = knn_accuracy(
-        train_features.to(device), train_labels, test_features, test_labels, args.nb_knn, args.temperature
+        return None
+    return knn_accuracy(train_features.to(device), labels[0], test_features, labels[1], args.nb_knn, args.temperature)
+
+
+def random_backbone(args):
+    """The checkpoint's backbone as it was made, before any training."""
+    names = ("arch", "patch_size", "img_size", "in_chans")
+    return load_pretrained(
+        args.checkpoint, args.checkpoint_key, **{n: getattr(args, n) for n in names}, random_weights=True
     )
-    for k, scores in accuracy.items():
-        print(f"{k:4d}-NN  top-1 {scores['top1']:6.2f} %  top-5 {scores['top5']:6.2f} %")
-    if output_dir:
-        results = {"accuracy": accuracy, "num_train": len(train_labels), "num_test": len(test_labels)}
-        write_results(output_dir / "results_knn.json", results, args, model)
 
 
 def make_output_dir(path):

@@ -75,7 +75,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> "PretrainedMod
 # ---- a file -> a model -----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(path, checkpoint_key=None, arch=None, patch_size=None, img_size=None, in_chans=None):
+def load_pretrained(
+    path, checkpoint_key=None, arch=None, patch_size=None, img_size=None, in_chans=None, random_weights=False
+):
     """The frozen model in a file: a `PretrainedModel` on CPU, in eval mode.
 
     path: a file of one of these kinds; a folder, a URL or a model's name is refused, and nothing is ever downloaded.
@@ -85,6 +87,7 @@ def load_pretrained(path, checkpoint_key=None, arch=None, patch_size=None, img_s
     arch, patch_size, in_chans: by default what the file says, or what the tensors' shapes say of a ViT.
     img_size: side in pixels of the images to come, not of those in training. A ViT's position embedding keeps the
         size it has in the file and is interpolated where the images differ.
+    random_weights: leave the backbone as torch's generator made it, without a head: the baseline of any evaluation.
     Raises UserError, in one line, where the file cannot be read, holds no such key, or holds tensors that are too many,
     too few or of another shape than the backbone's; the message says how many of how many fit.
     """
@@ -101,6 +104,8 @@ def load_pretrained(path, checkpoint_key=None, arch=None, patch_size=None, img_s
     backbone = _build(settings, shapes, backbone_state)
     settings["patch_size"] = _patch_size(backbone)
     _check_img_size(settings)
+    if random_weights:
+        return PretrainedModel(backbone, None, settings)
     _drop_classifier(backbone, backbone_state, path)
     _load_strictly(backbone, backbone_state, f"{path}: {settings['arch']}")
     head = _build_head(backbone.embed_dim, head_state, saved["activation"], path)

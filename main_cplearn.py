@@ -37,7 +37,7 @@ from backbones import add_backbone_arguments, build_backbone
 from cplearn_head import ACTIVATIONS, PRIORS, CPLearn, CPLearnHead
 from eval_knn import knn_accuracy
 from features import PRECISIONS, extract_features
-from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb
+from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
 from utils import (
     Agreement,
     ArgumentParser,
@@ -73,47 +73,45 @@ def get_args_parser():
 
 
 def add_method_arguments(parser):
-    group = parser.add_argument_group("method")
-    group.add_argument("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
-    group.add_argument("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
-    group.add_argument(
+    add = parser.add_argument_group("method").add_argument
+    add("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
+    add("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
+    add(
         "--activation",
         choices=ACTIVATIONS,
         default="l2",
-        help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh is what the paper's experiments used",
+        help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh: the paper's experiments",
     )
-    group.add_argument("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
-    group.add_argument("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
-    group.add_argument(
+    add("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
+    add("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
+    add(
         "--prior_scope",
         choices=("global", "local"),
         default="global",
         help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
     )
-    group.add_argument("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
+    add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
 
 
 def add_optimization_arguments(parser):
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size_per_gpu", type=int, default=64, help="images per process; also fixes tau for tanh")
-    group.add_argument("--epochs", type=int, default=100)
-    group.add_argument(
-        "--max_steps", type=int, default=None, help="end (and anneal) after so many steps, for trying things"
-    )
-    group.add_argument("--warmup_epochs", type=float, default=10, help="linear warm-up of the learning rate")
-    group.add_argument("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
-    group.add_argument("--lr", type=float, default=5e-4, help="learning rate per 256 images, after the warm-up")
-    group.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end; not scaled")
-    group.add_argument("--weight_decay", type=float, default=0.04, help="not on biases, norms, cls_token and pos_embed")
-    group.add_argument("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
-    group.add_argument("--clip_grad", type=float, default=3.0, help="largest global gradient norm; 0: no clipping")
-    group.add_argument(
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size_per_gpu", type=int, default=64, help="images per process; also fixes tau for tanh")
+    add("--epochs", type=int, default=100)
+    add("--max_steps", type=int, default=None, help="end (and anneal) after so many steps, for trying things")
+    add("--warmup_epochs", type=float, default=10, help="linear warm-up of the learning rate")
+    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
+    add("--lr", type=float, default=5e-4, help="learning rate per 256 images, after the warm-up")
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end; not scaled")
+    add("--weight_decay", type=float, default=0.04, help="not on biases, norms, cls_token and pos_embed")
+    add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
+    add("--clip_grad", type=float, default=3.0, help="largest global gradient norm; 0: no clipping")
+    add(
         "--precision",
         choices=("bf16", "fp16", "fp32"),
         default=None,
         help="of the backbone; the loss is always fp32 (default: bf16 where the hardware has it, else fp32)",
     )
-    group.add_argument(
+    add(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -122,34 +120,22 @@ def add_optimization_arguments(parser):
 
 
 def add_run_arguments(parser):
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes"
-    )
-    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument(
-        "--resume", default=None, metavar="PATH", help="checkpoint to go on from (default: the output_dir's)"
-    )
-    group.add_argument(
-        "--no-resume", dest="no_resume", action="store_true", help="start anew; an earlier run's files are kept"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--seed", type=int, default=0)
+    add("--resume", default=None, metavar="PATH", help="checkpoint to go on from (default: the output_dir's)")
+    add("--no-resume", dest="no_resume", action="store_true", help="start anew; an earlier run's files are kept")
+    add(
         "--allow_changed_flags",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="go on although flags that change the result differ from the checkpoint's",
     )
-    group.add_argument("--save_every_minutes", type=float, default=10, help="at most this much work is ever lost")
-    group.add_argument(
-        "--saveckp_freq", type=int, default=20, help="keep checkpoint0020.pth, ... every so many epochs; 0: none"
-    )
-    group.add_argument(
-        "--log_every", type=int, default=50, help="steps per logged line; each costs one wait for the device"
-    )
-    group.add_argument(
-        "--knn_every", type=int, default=0, help="k-NN accuracy every so many epochs, where labels are; 0: never"
-    )
+    add("--save_every_minutes", type=float, default=10, help="at most this much work is ever lost")
+    add("--saveckp_freq", type=int, default=20, help="keep checkpoint0020.pth, ... every so many epochs; 0: none")
+    add("--log_every", type=int, default=50, help="steps per logged line; each costs one wait for the device")
+    add("--knn_every", type=int, default=0, help="k-NN accuracy every so many epochs, where labels are; 0: never")
 
 
 @dataclass
@@ -219,6 +205,8 @@ def train_one_step(run, batch, step):
     )  # for drop path and pixel noise: a function of the step, not of history
     set_schedules(run, step)
     views = run.loader.augment(batch, run.device)  # V x (B, C, h, w)
+    if step == 0 and rank() == 0:
+        plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
     run.model.objective.before_step(step)
     loss, terms, features = run.forward(views)
     run.scaler.scale(loss).backward()
@@ -237,7 +225,7 @@ class Model(nn.Module):
         self.backbone, self.objective, self.precision = backbone, objective, precision
 
     def forward(self, views):
-        """V x (B, C, h, w), global crops first -> loss, terms, and the global crops' features (2B, D) without gradient."""
+        """V x (B, C, h, w), global crops first -> loss, terms, and features of the global crops (2B, D), detached."""
         dtype = PRECISIONS[self.precision]
         with torch.autocast(views[0].device.type, dtype, enabled=dtype is not None):
             # one pass per resolution; crops of one size stand together
@@ -307,7 +295,8 @@ def log_step(run, step, features, clock):
     }
     clock.restart()
     run.log.write(line)
-    run.log.warn(diagnose(line), run.model.objective.advice)
+    if step > warmup_steps(run):  # before that, p is near uniform in every run
+        run.log.warn(diagnose(line), run.model.objective.advice)
 
 
 def log_head(kind, run, step, averages):
@@ -376,7 +365,7 @@ def describe(run, step):
     for text in model.objective.describe():
         say(text)
     say(f"effective batch {effective_batch(args)} = {args.batch_size_per_gpu} x {world_size()}; "
-        f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} warm-up steps; "
+        f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} steps; "
         f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
     if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
         say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
@@ -531,8 +520,9 @@ def resume(run):
 
 # flags that another machine or another mood may change without changing the result
 FREE_FLAGS = {
-    "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags", "save_every_minutes",
-    "saveckp_freq", "log_every", "knn_every", "max_bad_images", "compile", "grad_checkpointing", "batch_size_per_gpu",
+    "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
+    "save_every_minutes", "saveckp_freq", "log_every", "knn_every", "max_bad_images", "compile", "grad_checkpointing",
+    "batch_size_per_gpu",
 }  # fmt: skip
 
 
@@ -637,13 +627,12 @@ def check_arguments(args, device):
         args.precision = "bf16" if has_bf16(device) else "fp32"
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
-    positive = ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every")
-    for name in positive + ("max_steps", "proj_dim"):
+    for name in ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every", "max_steps", "proj_dim"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: expected a number above 0")
-    for name in ("beta", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "save_every_minutes",
-                 "saveckp_freq", "knn_every", "seed"):  # fmt: skip
+    for name in ("beta", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
+                 "save_every_minutes", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
 

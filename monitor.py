@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+import torchvision
+from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -43,7 +45,7 @@ class Recorder:
         self.pending.append((step, torch.stack([x.detach().float() for x in numbers.values()])))
 
     def read(self, may_overflow=()):
-        """Fetch what was recorded, averaged over processes: the one wait for the device. All processes call it together.
+        """Fetch what was recorded, averaged over processes, which call it together: the one wait for the device.
 
         Raises NonFiniteLoss, on all of them, naming the first step and term that is not finite; `may_overflow` names
         those that may be (fp16's gradient norm).
@@ -228,7 +230,7 @@ def diagnose(line):
         found.append(
             ("dimensional", f"dimensional collapse: RankMe {line['rankme']:.1f} of at most {line['rankme_max']}")
         )
-    if line.get("uniformity", 0.0) > 0.98:
+    if abs(line.get("uniformity", 0.0) - 1) < 0.02:
         found.append(("saddle", f"the saddle of uniform p: invariance is {line['uniformity']:.1%} of log K"))
     elif line.get("perplexity", math.inf) < max(1.5, 0.02 * possible):
         found.append(("cluster", f"cluster collapse: perplexity {line['perplexity']:.1f} of {possible} possible codes"))
@@ -237,6 +239,15 @@ def diagnose(line):
             ("intracluster", f"intracluster collapse: {line['within_code']:.2%} of the variance is within codes")
         )
     return found
+
+
+def plot_views(views, mean, std, path, num_images=8):
+    """Draw what the network sees: a row of images for each view, V x (B, C, h, w) normalised; local crops enlarged."""
+    size = views[0].shape[-2:]
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    rows = [F.interpolate(view[:num_images].float().cpu() * std + mean, size) for view in views]
+    grid = torchvision.utils.make_grid(torch.cat(rows).clamp(0, 1), nrow=len(rows[0]), padding=2, pad_value=1)
+    torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 128 // size[0])), path)
 
 
 def memory_mb():

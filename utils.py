@@ -155,8 +155,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"expected (B, C, ...), got shape {tuple(x.shape)}")
 
     def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
+        x = self._normalise(x) if self.training and world_size() > 1 else super().forward(x)
+        # timm's BatchNormAct2d carries what follows the norm
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+    def _normalise(self, x):
         dims = [0, *range(2, x.dim())]
         shape = (1, -1, *[1] * (x.dim() - 2))
         wide = x.to(self.running_mean.dtype)  # statistics in float32 under autocast
@@ -177,13 +180,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def convert_sync_batchnorm(module):
-    """Replace every batch norm below `module` by SyncBatchNorm, keeping parameters and buffers; returns the module."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm):
-        synced = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
-        synced.load_state_dict(module.state_dict())
-        return synced.train(module.training)
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batchnorm(child))
+    """Make every batch norm in `module` a SyncBatchNorm, in place, parameters and buffers kept; returns the module."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.__class__ = SyncBatchNorm
     return module
 
 
@@ -206,7 +206,7 @@ class Objective(nn.Module):
         """Statistics kept over an epoch begin anew."""
 
     def statistics(self, features, averages):
-        """Named numbers for a logged line. features: (N, D) of one view, this step, all processes; averages: {name: mean}
+        """Named numbers for a logged line. features: (N, D), one view of this step's images; averages: {name: mean}
         of the loss and its terms since the last line. May wait for the device."""
         return {}
 

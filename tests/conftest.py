@@ -24,7 +24,7 @@ def _in_group(rank, world_size, store, function, args, results):
 
 @pytest.fixture
 def run_in_processes(tmp_path):
-    """run(function, *args, world_size=2): function(rank, *args) in that many gloo processes; returns the results by rank.
+    """run(function, *args, world_size=2): function(rank, *args) in gloo processes; returns the results by rank.
 
     Functions must be module-level and return plain data."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_cplearn
 from cplearn_head import CPLearn
@@ -45,7 +46,8 @@ def flags(folder, output_dir, **changes):
     values = {
         "dataset": "imagefolder", "data_path": folder, "img_size": 32, "arch": "vit_tiny", "patch_size": 16,
         "drop_path_rate": 0.1, "out_dim": 64, "batch_size_per_gpu": BATCH, "epochs": 2, "warmup_epochs": 1,
-        "precision": "fp32", "device": "cpu", "num_workers": 0, "log_every": 5, "saveckp_freq": 0, "output_dir": output_dir,
+        "precision": "fp32", "device": "cpu", "num_workers": 0, "log_every": 5, "saveckp_freq": 0,
+        "output_dir": output_dir,
     } | changes  # fmt: skip
     words = []
     for name, value in values.items():
@@ -284,8 +286,8 @@ def test_temperature_outlives_another_batch_size(folder, tmp_path):
     """tanh's tau depends on the batch it was built for; the same effective batch on more processes keeps it."""
     run(folder, tmp_path, max_steps=2, activation="tanh")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
-    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, max_steps=2, activation="tanh", batch_size_per_gpu=4,
-                                                         allow_changed_flags=True)))  # fmt: skip
+    changes = {"batch_size_per_gpu": 4, "allow_changed_flags": True}
+    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, max_steps=2, activation="tanh", **changes)))
     assert built.model.objective.head.tau != state["student"]["head.scale"][0]
     main_cplearn.resume(built)
     assert built.model.objective.head.tau == state["student"]["head.scale"][0]
@@ -317,6 +319,58 @@ def test_nan_stops_before_it_is_saved(folder, tmp_path, monkeypatch):
     assert all(torch.equal(weights["then"][k], weights["next"][k]) for k in weights["then"])  # the step was not taken
     assert not (tmp_path / "checkpoint.pth").exists()
     assert (tmp_path / "kept.pth").read_bytes() == good
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device: .item(), .tolist(), results sized by data."""
+
+    WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith(self.WAITS):
+            self.waits.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("augmentation", ["dino", "small"])
+def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation):
+    changes = {"augmentation": augmentation, "local_crops_number": 2, "local_crops_size": 16}
+    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, **changes)))
+    built.log = main_cplearn.RunLog(tmp_path, 0, 10)
+    batches = built.loader.epoch(0)
+    main_cplearn.train_one_step(built, next(batches), 0)  # the first one draws a figure
+    with CountWaits() as counter:
+        features = main_cplearn.train_one_step(built, next(batches), 1)
+    assert counter.waits == []
+    with CountWaits() as counter:
+        main_cplearn.log_step(built, 2, features, main_cplearn.Clock())
+    assert len(counter.waits) > 0  # the counter counts
+
+
+@pytest.mark.slow
+def test_full_disk_leaves_the_old_checkpoint_whole(folder, tmp_path):
+    """RLIMIT_FSIZE stands in for a full disk: the file cannot grow beyond 1 MB."""
+    run(folder, tmp_path, max_steps=20, epochs=1)
+    good = (tmp_path / "checkpoint.pth").read_bytes()
+    script = (
+        "import resource, signal, main_cplearn;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6));"
+        "main_cplearn.main()"
+    )
+    words = flags(folder, tmp_path, epochs=3, allow_changed_flags=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1, result.stderr
+    assert "going on, the earlier checkpoint is whole" in result.stdout  # after the second epoch
+    assert "could not be written" in result.stderr and "Traceback" not in result.stderr  # at the end it is an error
+    assert (tmp_path / "checkpoint.pth").read_bytes() == good
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsys):
@@ -396,10 +450,11 @@ def test_damaged_checkpoint_is_refused_and_runs_nothing(folder, tmp_path, damage
 def test_two_processes_train_on_real_size(tmp_path):
     """The issue's own command, for two steps, with and without local crops."""
     for local in (0, 2):
-        words = ["--dataset", "fashion_mnist", "--arch", "vit_small", "--patch_size", "7", "--img_size", "28", "--out_dim",
-                 "131072", "--batch_size_per_gpu", "16", "--max_steps", "2", "--log_every", "1", "--device", "cpu",
-                 "--local_crops_number", str(local), "--local_crops_size", "14", "--output_dir", str(tmp_path / str(local))]  # fmt: skip
-        code, output = finish(start(words, processes=2), timeout=600)
+        words = (
+            "--dataset fashion_mnist --arch vit_small --patch_size 7 --img_size 28 --out_dim 131072 --device cpu "
+            f"--batch_size_per_gpu 16 --max_steps 2 --log_every 1 --local_crops_number {local} --local_crops_size 14"
+        ).split()
+        code, output = finish(start([*words, "--output_dir", str(tmp_path / str(local))], processes=2), timeout=600)
         assert code == 0, output
         lines = [json.loads(line) for line in (tmp_path / str(local) / "log.txt").read_text().splitlines()]
         assert lines[-1]["step"] == 2 and math.isfinite(lines[-1]["train_loss"])

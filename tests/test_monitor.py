@@ -1,0 +1,144 @@
+"""Planted collapses are each named rightly, a healthy matrix is not accused; log lines survive a kill."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from monitor import (
+    NonFiniteLoss,
+    Recorder,
+    RunLog,
+    diagnose,
+    drop_lines_after,
+    feature_statistics,
+    plot_log,
+    plot_views,
+    rankme,
+    read_log,
+)
+
+HEALTHY = {"uniformity": 0.4, "perplexity": 300.0, "num_codes": 512, "images_in_epoch": 50000, "within_code": 0.5}
+
+
+def gaussian(rows=512, dim=384, rank=None):
+    generator = torch.Generator().manual_seed(0)
+    if rank is None:
+        return torch.randn(rows, dim, generator=generator)
+    return torch.randn(rows, rank, generator=generator) @ torch.randn(rank, dim, generator=generator)
+
+
+def test_rankme_by_hand():
+    """Singular values 3, 1, 1 of a diagonal matrix: exp(-(.6 ln .6 + 2 x .2 ln .2))."""
+    matrix = torch.zeros(10, 4)
+    matrix[0, 0], matrix[1, 1], matrix[2, 2] = 3, 1, 1
+    assert rankme(matrix) == pytest.approx(math.exp(-(0.6 * math.log(0.6) + 0.4 * math.log(0.2))), rel=1e-5)
+    assert rankme(torch.eye(7)) == pytest.approx(7, rel=1e-5)
+    assert math.isnan(rankme(torch.zeros(4, 3))) and math.isnan(rankme(torch.full((4, 3), math.nan)))
+
+
+def test_rankme_against_numpy():
+    x = gaussian(100, 30)
+    values = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    p = values / values.sum()
+    assert rankme(x) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+
+
+def test_feature_statistics_against_numpy():
+    x = gaussian(200, 8) * 2 + 3
+    numbers, array = feature_statistics(x), x.double().numpy()
+    assert numbers["feature_mean"] == pytest.approx(array.mean(), rel=1e-5)
+    assert numbers["feature_std"] == pytest.approx(array.std(axis=0, ddof=1).mean(), rel=1e-5)
+    spread = np.sqrt(((array - array.mean(0)) ** 2).sum() / (array**2).sum())
+    assert numbers["spread"] == pytest.approx(spread, rel=1e-5)
+    assert numbers["rankme_max"] == 8
+
+
+@pytest.mark.parametrize(
+    ("features", "numbers", "kinds"),
+    [
+        (gaussian(), {}, set()),
+        (gaussian() + 3, {}, set()),
+        (torch.ones(512, 384) + 1e-4 * gaussian(), {}, {"representation"}),
+        (gaussian(rank=3), {}, {"dimensional"}),
+        (gaussian(), {"perplexity": 2.0}, {"cluster"}),
+        (gaussian(), {"uniformity": 0.999, "perplexity": 512.0}, {"saddle"}),
+        (gaussian(), {"within_code": 1e-5}, {"intracluster"}),
+        (gaussian(), {"within_code": math.nan}, set()),
+    ],
+)
+def test_planted_collapses_are_named(features, numbers, kinds):
+    found = diagnose(feature_statistics(features) | HEALTHY | numbers)
+    assert {kind for kind, _ in found} == kinds
+
+
+def record(recorder, *losses, start=0):
+    for step, loss in enumerate(losses, start):
+        prior = torch.tensor(loss)
+        recorder.record(step, loss=prior + 1, prior=prior, grad_norm=torch.tensor(math.inf))
+
+
+def test_recorder_averages_and_resumes():
+    whole, cut = Recorder(), Recorder()
+    record(whole, 1.0, 2.0, 6.0)
+    whole.read(may_overflow=("grad_norm",))
+    record(cut, 1.0)
+    cut.read(may_overflow=("grad_norm",))
+    resumed = Recorder()
+    resumed.load_state_dict(json.loads(json.dumps(cut.state_dict())))  # plain data
+    record(resumed, 2.0, 6.0, start=1)
+    resumed.read(may_overflow=("grad_norm",))
+    assert resumed.state_dict() == whole.state_dict()
+    assert whole.line.take()["prior"] == 3.0 and whole.line.count == 0 and whole.epoch.take()["loss"] == 4.0
+
+
+def test_first_bad_step_and_term_are_named():
+    recorder = Recorder()
+    record(recorder, 1.0, math.nan, math.nan, start=40)
+    with pytest.raises(NonFiniteLoss, match="step 41: prior is nan"):
+        recorder.read(may_overflow=("grad_norm",))
+    recorder = Recorder()
+    record(recorder, 1.0)
+    with pytest.raises(NonFiniteLoss, match="step 0: grad_norm is inf"):
+        recorder.read()
+
+
+def test_log_lines_after_the_checkpoint_go_and_half_lines_too(tmp_path):
+    path = tmp_path / "log.txt"
+    lines = [{"kind": "step", "step": step} for step in (10, 20, 30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "st')
+    drop_lines_after(path, 20)
+    assert read_log(path) == lines[:2]
+    drop_lines_after(tmp_path / "none.txt", 5)
+    assert not (tmp_path / "none.txt").exists()
+
+
+def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 100)
+    for step in (10, 20):
+        log.write({"kind": "step", "step": step, "epoch": 0, "train_loss": 2.0 / step, "train_lr": 1e-3,
+                   "train_grad_norm": 1.0, "within_code": math.nan, "images_per_s": 5.0, "rankme": 7.0})  # fmt: skip
+    log.write({"kind": "epoch", "step": 20, "epoch": 0, "train_loss": 0.1})
+    log.close()
+    read = [json.loads(text, parse_constant=pytest.fail) for text in (tmp_path / "log.txt").read_text().splitlines()]
+    assert read[0]["within_code"] is None and read[2]["kind"] == "epoch"
+    assert "step 10/100" in capsys.readouterr().out
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "loss.png").unlink()
+    plot_log(tmp_path / "log.txt", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10000
+
+
+def test_views_are_drawn_as_they_were_before_normalisation(tmp_path):
+    from torchvision.io import read_image
+
+    images = torch.rand(3, 3, 8, 8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    shift, scale = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    plot_views([(images - shift) / scale, torch.zeros(3, 3, 4, 4)], mean, std, tmp_path / "views.png")
+    drawn = read_image(tmp_path / "views.png").float() / 255
+    zoom = 16
+    first = drawn[:, 2 * zoom : 10 * zoom : zoom, 2 * zoom : 10 * zoom : zoom]
+    torch.testing.assert_close(first, images[0], atol=0.5 / 255 + 1e-6, rtol=0)

@@ -1,0 +1,193 @@
+"""Batch norm against torch's on the joined batch, checkpoints that survive, files that are refused."""
+
+import argparse
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from utils import (
+    Agreement,
+    UserError,
+    all_gather_rows,
+    all_reduce_mean,
+    catch_signals,
+    command_line,
+    convert_sync_batchnorm,
+    load_checkpoint,
+    parameter_groups,
+    save_checkpoint,
+    seed_everything,
+)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5)
+    )
+    layers(torch.randn(4, 3, 6, 6))
+    return layers.double()
+
+
+def loss_of(outputs):
+    return (outputs * torch.arange(5)).sin().mean()
+
+
+def train_on_a_share(rank, images):
+    model = convert_sync_batchnorm(network())
+    outputs = model(torch.from_numpy(images)[rank * 6 : rank * 6 + 6])
+    all_reduce_mean(loss_of(outputs)).backward()
+    for parameter in model.parameters():  # what DDP does; the loss above is the global one on every rank
+        parameter.grad = all_reduce_mean(parameter.grad)
+    model.eval()
+    after = model(torch.from_numpy(images))
+    return outputs.detach().numpy(), after.detach().numpy(), [p.grad.numpy() for p in model.parameters()]
+
+
+def test_sync_batchnorm_is_torchs_batchnorm_on_the_joined_batch(run_in_processes):
+    images = np.random.default_rng(0).normal(size=(12, 3, 6, 6))
+    reference = network()
+    outputs = reference(torch.from_numpy(images))
+    loss_of(outputs).backward()
+    reference.eval()
+    after = reference(torch.from_numpy(images)).detach().numpy()  # running statistics
+    shares = run_in_processes(train_on_a_share, images)
+    np.testing.assert_allclose(np.concatenate([s[0] for s in shares]), outputs.detach().numpy(), rtol=1e-12, atol=1e-12)
+    for _, after_share, grads in shares:
+        np.testing.assert_allclose(after_share, after, rtol=1e-12, atol=1e-12)
+        for got, parameter in zip(grads, reference.parameters(), strict=True):
+            np.testing.assert_allclose(got, parameter.grad.numpy(), rtol=1e-10, atol=1e-13)
+
+
+def gather_and_agree(rank):
+    rows = all_gather_rows(torch.full((2, 3), float(rank)))
+    agreement = Agreement()
+    answers = [agreement.agree(wish) for wish in ([0, 2, 0, 0] if rank == 1 else [0, 0, 0, 1])]
+    return rows.tolist(), [*answers, agreement.settle()]
+
+
+def test_gather_and_agreement(run_in_processes):
+    for rows, answers in run_in_processes(gather_and_agree):
+        assert rows == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
+        assert answers == [0, 0, 2, 0, 1]  # one call later, the largest wish of all
+
+
+def test_conversion_keeps_names_types_and_timms_activation():
+    reference, converted = network(), convert_sync_batchnorm(network())
+    assert reference.state_dict().keys() == converted.state_dict().keys()
+    assert converted[1].weight.dtype == torch.float64
+    timms = BatchNormAct2d(3, act_layer=nn.SiLU)
+    images = torch.randn(2, 3, 4, 4)
+    expected = timms(images)
+    torch.testing.assert_close(convert_sync_batchnorm(nn.Sequential(timms))(images), expected)
+
+
+def test_parameter_groups_cover_everything_once():
+    groups = parameter_groups(network())
+    assert groups[0]["names"] == ["0.weight", "4.weight"]
+    assert sorted(groups[1]["names"]) == ["0.bias", "1.bias", "1.weight", "4.bias", "5.bias", "5.weight"]
+    assert groups[1]["weight_decay"] == 0
+
+
+def test_seeding_is_a_function_of_its_numbers():
+    def draw(*numbers):
+        seed_everything(*numbers)
+        return torch.rand(3).tolist() + np.random.rand(3).tolist()
+
+    first = draw(1, 2, 3)
+    assert draw(1, 2, 4) != first and draw(1, 3, 2) != first
+    assert draw(1, 2, 3) == first
+
+
+def test_signals_are_collected_and_handlers_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGTERM, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_user_error_is_one_line_and_exit_code_2(capsys):
+    @command_line
+    def script():
+        raise UserError("--k 0: expected at least 1")
+
+    with pytest.raises(SystemExit) as caught:
+        script()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --k 0: expected at least 1\n"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint({"step": 1}, path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="could not be written"):
+        save_checkpoint({"step": 2}, path)
+    assert load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_file_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    save_checkpoint({"step": 1}, tmp_path / "checkpoint.pth")
+    assert [Path(name).name for name in done] == [".checkpoint.pth.tmp", "rename", tmp_path.name]
+
+
+def test_dinos_harmless_types_are_admitted(tmp_path):
+    state = {
+        "args": argparse.Namespace(arch="vit_small", path=Path("/data")),
+        "loss": np.float64(2.5),
+        "epoch": np.int64(3),
+    }
+    torch.save(state, tmp_path / "dino.pth")
+    loaded = load_checkpoint(tmp_path / "dino.pth")
+    assert loaded["args"].arch == "vit_small" and loaded["loss"] == 2.5 and loaded["epoch"] == 3
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
+def test_code_in_a_file_is_never_run(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pth"
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps({"student": Attack()}))
+    else:
+        torch.save({"student": Attack()}, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(UserError, match=r"refused|cannot be read") as caught:
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists() and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_files_are_refused(tmp_path, share):
+    path = tmp_path / "checkpoint.pth"
+    save_checkpoint({"weight": torch.randn(100, 100)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read"):
+        load_checkpoint(path)
