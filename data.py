@@ -1,4 +1,4 @@
-"""Images in, augmented views out: data sets, decoding, random crops, augmentation, loaders for training and evaluation.
+"""Images in, batches out: data sets, files and their decoding, loaders for training and evaluation.
 
     images = open_dataset(args)                          # names, labels if there are any, pixels on demand
     loader = TrainLoader(images, args, batch_size, rank, world_size)
@@ -7,12 +7,10 @@
 
     for indices, x in eval_batches(images, img_size, in_chans, mean, std, batch_size):       # each image exactly once
 
-Nothing here has a generator with a past. The order of an epoch is a function of (seed, epoch), everything drawn about a
-view of (seed, epoch, image index, view), see `uniform`; so a run resumed at any step, with any number of workers or
-processes, sees the same views. The one exception, the pixel noise of the `small` recipe, comes from torch's generator,
-which the training loop reseeds every step from (seed, step, rank).
+How a view is made from an image is in augmentation.py. As there, nothing here has a generator with a past: the order of
+an epoch is a function of (seed, epoch), the replacement of a bad file of (seed, epoch, image index).
 
-Shapes: B images, V views, C channels, H x W image, h x w crop, n = views of one size x B.
+Shapes: N images of a set, B of a batch (b where the last may be short), V views, C channels, H x W image, h x w crop.
 """
 
 import dataclasses
@@ -28,11 +26,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from augmentation import (
+    crop_image,
+    make_recipe,
+    make_views,
+    match_channels,
+    normalize,
+    resize,
+    resize_batch,
+    resolve_augmentation_defaults,
+    uniform,
+    view_draws,
+)
 from utils import UserError
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -106,62 +115,11 @@ def add_dataset_arguments(parser):
     )
 
 
-def add_augmentation_arguments(parser):
-    """Adds the flags that say how views are made in training; None as in `add_dataset_arguments`."""
-    add = parser.add_argument
-    add(
-        "--augmentation",
-        default=None,
-        choices=("dino", "small"),
-        help="dino: random resized crop, flip, colour jitter, grayscale, blur, solarisation. small: Table 6 of the "
-        "CPLearn paper: padded crop, flip (not for svhn), rare jitter and grayscale, pixel noise. Default: dino for "
-        "imagefolder, small for the others; choose small for folders of tiny images",
-    )
-    add(
-        "--global_crops_scale",
-        type=float,
-        nargs=2,
-        default=(0.4, 1.0),
-        metavar=("MIN", "MAX"),
-        help="area of a global crop, as a fraction of the image; a lower MIN makes views differ more. DINO takes 0.25 "
-        "1 when it adds local crops",
-    )
-    add(
-        "--local_crops_number",
-        type=int,
-        default=0,
-        help="small crops besides the two global ones; 0 is the paper. More cost time and memory per step and may need "
-        "fewer epochs",
-    )
-    add(
-        "--local_crops_scale",
-        type=float,
-        nargs=2,
-        default=(0.05, 0.4),
-        metavar=("MIN", "MAX"),
-        help="area of a local crop, as a fraction of the image",
-    )
-    add(
-        "--local_crops_size",
-        type=int,
-        default=None,
-        help="side of the local crops in pixels; default 96 at --img_size 224, else in that proportion, to a multiple "
-        "of 16 (of 4 below 128 px). Must suit --patch_size",
-    )
-    add(
-        "--max_bad_images",
-        type=float,
-        default=0.01,
-        help="the run ends when more than this fraction of the images cannot be read; until then another image takes "
-        "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad",
-    )
-
-
 def resolve_dataset_defaults(args):
-    """Fills in, in place, every flag of this file that is None, and checks the values.
+    """Fills in, in place, every flag of the data set that is None, and checks the values.
 
-    args: a namespace with the flags of `add_dataset_arguments`, and of `add_augmentation_arguments` if the caller has
-    them. Returns args. Raises UserError for a value that makes no sense.
+    args: a namespace with the flags of `add_dataset_arguments`; those of augmentation.py are resolved too if the caller
+    has them. Returns args. Raises UserError for a value that makes no sense.
     """
     known = DATASETS[args.dataset]
     if args.img_size is None:
@@ -187,29 +145,6 @@ def resolve_dataset_defaults(args):
     if hasattr(args, "augmentation"):
         resolve_augmentation_defaults(args)
     return args
-
-
-def resolve_augmentation_defaults(args):
-    if args.augmentation is None:
-        args.augmentation = "dino" if args.dataset == "imagefolder" else "small"
-    if args.local_crops_size is None:
-        multiple = 16 if args.img_size >= 128 else 4
-        args.local_crops_size = max(multiple, multiple * round(args.img_size * 96 / 224 / multiple))
-    for name in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"--{name} {low:g} {high:g}: expected 0 < MIN <= MAX <= 1, fractions of the image's area")
-    if args.local_crops_number < 0 or args.local_crops_size < 1:
-        raise UserError(
-            f"--local_crops_number {args.local_crops_number} must be at least 0, "
-            f"--local_crops_size {args.local_crops_size} at least 1"
-        )
-    if args.augmentation == "small" and args.img_size <= PADDING:
-        raise UserError(
-            f"--img_size {args.img_size} is too small for --augmentation small, which pads by {PADDING} px: take dino"
-        )
-    if not 0 <= args.max_bad_images <= 1:
-        raise UserError(f"--max_bad_images {args.max_bad_images:g}: expected a fraction between 0 and 1")
 
 
 def fit_channels(values, channels):
@@ -245,7 +180,7 @@ class Batch:
         """Called by the DataLoader's pinning thread, so that copies to the GPU do not block."""
         if self.crops is not None:
             self.crops = [crop.pin_memory() for crop in self.crops]
-        else:
+        elif self.images is not None:
             self.images = self.images.pin_memory()
         return self
 
@@ -253,10 +188,10 @@ class Batch:
 class TrainLoader:
     """Batches of `images` for one of `world_size` processes, in an order that is a function of (seed, epoch).
 
-    images: what `open_dataset` returned.        args: resolved flags of this file, and args.seed.
-    batch_size: per process. Step s of an epoch takes images [s N, (s + 1) N) of the epoch's order, with
-    N = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
-    number of processes at equal N. What is left over at the end of an epoch is dropped.
+    images: what `open_dataset` returned.        args: resolved flags, and args.seed.
+    batch_size: per process. Step s of an epoch takes images [s G, (s + 1) G) of the epoch's order, with
+    G = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
+    number of processes at equal G. What is left over at the end of an epoch is dropped.
     Raises UserError if there are fewer images than one batch, or args.in_chans cannot be made from the images.
 
     .steps_per_epoch, .num_views; .bad_images {name: reason} of the files this process could not read so far;
@@ -278,7 +213,13 @@ class TrainLoader:
             )
         if isinstance(images, FolderImages):
             self.plan = EpochPlan()
-            self.workers = persistent_loader(CropDataset(images, self.recipe), self.plan, args.num_workers)
+            self.workers = worker_loader(  # for all epochs: the workers keep no state, what to do comes with the item
+                CropDataset(images, self.recipe),
+                self.plan,
+                args.num_workers,
+                persistent_workers=args.num_workers > 0,
+                pin_memory=torch.cuda.is_available(),
+            )
 
     def epoch(self, epoch, first_step=0):
         """Iterates over the Batches of one epoch from step `first_step` on; those before it are not read."""
@@ -299,32 +240,9 @@ class TrainLoader:
         batch = Batch(epoch, indices, images=self.images.data[torch.from_numpy(indices)])
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
-    @torch.no_grad()
     def augment(self, batch, device):
-        """Views of a batch, ready for the network.
-
-        Returns V float32 tensors (B, in_chans, h, w) on `device`, normalised: the two global ones, then the local ones.
-        The recipe is DINO's (`dino`) or Table 6 of arXiv 2410.04959 (`small`), see `make_recipe`; its chain runs in
-        float32 on [0, 1] and is not rounded to 255 levels between the operations, as PIL's is. Nothing here waits for
-        the device.
-        """
-        recipe, device, views = self.recipe, torch.device(device), []
-        with torch.autocast(device.type, enabled=False):
-            if batch.images is not None:  # gray stays one channel until the end
-                images = batch.images.to(device, non_blocking=True)
-                images = match_channels(images, min(recipe.in_chans, images.shape[1]))
-            for group in recipe.view_groups():
-                draws = view_draws(recipe, batch.epoch, batch.indices, group.views)  # (n, NUM_DRAWS), on the host
-                if batch.images is not None:
-                    x = crop_batch(images, draws, group, recipe)
-                else:
-                    x = torch.cat([batch.crops[view].to(device, non_blocking=True) for view in group.views]).float()
-                x = photometric(x.div_(255), draws, group, recipe)  # (n, C, h, w)
-                x = normalize(match_channels(x, recipe.in_chans), recipe.mean, recipe.std)
-                if recipe.noise_std:
-                    x.add_(torch.randn_like(x), alpha=recipe.noise_std)
-                views += x.chunk(len(group.views))
-        return views
+        """Views of a batch: V float32 tensors (B, in_chans, h, w) on `device`, normalised; see `make_views`."""
+        return make_views(self.recipe, batch.epoch, batch.indices, device, batch.images, batch.crops)
 
     def note_bad_images(self, batch):
         """Names each bad file once, counts it, and ends the run if no replacement could be read either."""
@@ -355,144 +273,13 @@ class TrainLoader:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class ViewGroup:
-    """The views of one size: they go through every operation together."""
-
-    views: tuple  # 0 and 1 are the global ones
-    size: int  # px
-    scale: tuple  # area of the crop, fraction of the image
-    pad_crop: bool  # a shifted image instead of a resized crop, where the image is not larger than `size`
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """An augmentation's parameters. Probabilities that depend on the view: (global 1, global 2, every local one)."""
-
-    seed: int
-    in_chans: int
-    mean: tuple
-    std: tuple
-    global_views: ViewGroup
-    local_views: ViewGroup
-    flip: float
-    jitter: float
-    jitter_strength: tuple  # largest change of brightness, contrast, saturation (factors), hue (turns of the wheel)
-    gray: float
-    blur: tuple
-    solarize: tuple
-    noise_std: float  # in units of the normalised image
-
-    def view_groups(self):
-        return [group for group in (self.global_views, self.local_views) if group.views]
-
-
-BLUR_SIGMA = (0.1, 2.0)  # px, whatever the size of the crop
-SOLARIZE_THRESHOLD = 128 / 255
-PADDING = 4  # px on each side
-
-
-def make_recipe(args):
-    """DINO's augmentation (DataAugmentationDINO in main_dino.py), or the paper's for small images.
-
-    What Table 6 leaves open is as in its authors' utils/data.py (github.com/emsansone/CPLearn): 4 px of the image
-    mirrored around it, then a crop of its own size; jitter of 0.4, 0.4, 0.4, 0.1; noise after normalisation. An image
-    larger than --img_size gets DINO's resized crop instead, and so do local crops. SVHN's digits are never flipped.
-    """
-    small = args.augmentation == "small"
-    return Recipe(
-        seed=args.seed,
-        in_chans=args.in_chans,
-        mean=tuple(args.mean),
-        std=tuple(args.std),
-        global_views=ViewGroup((0, 1), args.img_size, tuple(args.global_crops_scale), pad_crop=small),
-        local_views=ViewGroup(
-            tuple(range(2, 2 + args.local_crops_number)), args.local_crops_size, tuple(args.local_crops_scale), False
-        ),
-        flip=0.0 if args.dataset == "svhn" else 0.5,
-        jitter=0.1 if small else 0.8,
-        jitter_strength=(0.4, 0.4, 0.4, 0.1) if small else (0.4, 0.4, 0.2, 0.1),
-        gray=0.1 if small else 0.2,
-        blur=(0.0, 0.0, 0.0) if small else (1.0, 0.1, 0.5),
-        solarize=(0.0, 0.0, 0.0) if small else (0.0, 0.2, 0.0),
-        noise_std=0.03 if small else 0.0,
-    )
-
-
-def check_channels(images, in_chans):
-    if in_chans != images.channels and not (in_chans in (1, 3) and images.channels in (1, 3)):
-        raise UserError(
-            f"--in_chans {in_chans}: these images have {images.channels} channels; expected {images.channels}"
-            + (" or 1 or 3" if images.channels in (1, 3) else "")
-        )
-
-
-# Random numbers -------------------------------------------------------------------------------------------------------
-
-# Columns of a view's draws. Ten attempts at a crop, as torchvision makes them.
-AREA, ASPECT = slice(0, 10), slice(10, 20)
-TOP, LEFT, FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE = range(20, 33)
-NUM_DRAWS = 33
-
 # "views" of things that are not views
 ORDER_OF_EPOCH, REPLACEMENT = 1 << 32, (1 << 32) + 1
-
-
-def uniform(seed, epoch, indices, view, num_draws):
-    """Independent uniform numbers as a function of their coordinates.
-
-    seed, epoch: ints. indices, view: ints or integer arrays of one shape (n,), or of shapes that broadcast to it.
-    Returns float64 (n, num_draws) in [0, 1). Column k does not depend on num_draws.
-    Each coordinate is added to a word which the finaliser of SplitMix64 (Steele, Lea, Flood 2014) then scrambles.
-    """
-    word = np.zeros(1, np.uint64)
-    for coordinate in (seed, epoch, indices, view):
-        word = scramble(word + np.atleast_1d(np.asarray(coordinate)).astype(np.int64).view(np.uint64) * GOLDEN + GOLDEN)
-    word = scramble(word[:, None] + np.arange(1, num_draws + 1, dtype=np.uint64) * GOLDEN)
-    return (word >> np.uint64(11)) * 2.0**-53
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def scramble(word):
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
 
 
 def epoch_order(seed, epoch, count):
     """A permutation of range(count), int64 (count,)."""
     return np.argsort(uniform(seed, epoch, np.arange(count), ORDER_OF_EPOCH, 1)[:, 0], kind="stable")
-
-
-def view_draws(recipe, epoch, indices, views):
-    """(n, NUM_DRAWS): all images of the first view, then all of the second, ..."""
-    return uniform(recipe.seed, epoch, np.tile(indices, len(views)), np.repeat(views, len(indices)), NUM_DRAWS)
-
-
-# Workers: decode, crop, flip ------------------------------------------------------------------------------------------
-
-
-def persistent_loader(dataset, batch_sampler, num_workers):
-    """One DataLoader for all epochs. Its workers keep no state: what to do comes with the item."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=already_collated,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=one_thread,
-    )
-
-
-def already_collated(batch):
-    return batch
-
-
-def one_thread(worker_id):
-    torch.set_num_threads(1)
 
 
 class EpochPlan:
@@ -503,9 +290,6 @@ class EpochPlan:
     def __iter__(self):
         return ([(self.epoch, index) for index in step.tolist()] for step in self.steps)
 
-    def __len__(self):
-        return len(self.steps)
-
 
 class CropDataset(torch.utils.data.Dataset):
     """Items (epoch, index) of one batch -> Batch, a pure function."""
@@ -514,9 +298,6 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __init__(self, images, recipe):
         self.images, self.recipe = images, recipe
-
-    def __len__(self):
-        return len(self.images)
 
     def __getitems__(self, items):
         recipe, batch = self.recipe, Batch(items[0][0], np.array([index for _, index in items]))
@@ -554,288 +335,6 @@ class CropDataset(torch.utils.data.Dataset):
         return None
 
 
-def crop_image(image, draws, group, recipe):
-    """uint8 (C, H, W), draws (V, NUM_DRAWS) -> V uint8 crops (C, size, size)."""
-    height, width = image.shape[1:]
-    shifted = group.pad_crop and max(height, width) <= group.size
-    if shifted:
-        image = F.pad(resize(image, (group.size, group.size)), [PADDING] * 4, mode="reflect")
-        corners = shifts(draws) + PADDING
-        boxes = np.concatenate([corners, np.full_like(corners, group.size)], axis=1)
-    else:
-        boxes = resized_crop_boxes(draws, height, width, group.scale)
-    for (top, left, h, w), flip in zip(boxes.tolist(), draws[:, FLIP] < recipe.flip, strict=True):
-        crop = resize(image[:, top : top + h, left : left + w], (group.size, group.size))
-        yield crop.flip(-1) if flip else crop
-
-
-def resize(image, size):
-    """uint8 (C, H, W) -> uint8 (C, *size), bicubic with antialiasing: PIL's resize, and torchvision's."""
-    if tuple(image.shape[1:]) == tuple(size):
-        return image
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
-
-
-def resized_crop_boxes(draws, height, width, scale, ratio=(3 / 4, 4 / 3)):
-    """Boxes of torchvision's RandomResizedCrop: of ten attempts the first that fits in the image, else the centre.
-
-    draws: (n, NUM_DRAWS). height, width: px, of one image or (n,). scale: range of the box's share of the area.
-    Returns int64 (n, 4): top, left, height, width in px.
-    """
-    height, width = (np.broadcast_to(size, len(draws)).astype(np.float64) for size in (height, width))
-    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, AREA])
-    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, ASPECT])
-    h, w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    fits = (h > 0) & (w > 0) & (h <= height[:, None]) & (w <= width[:, None])
-    first = fits.argmax(1), np.arange(len(draws))
-    found = fits.any(1)
-    h = np.where(found, h.T[first], np.minimum(height, np.rint(width / ratio[0])))
-    w = np.where(found, w.T[first], np.minimum(width, np.rint(height * ratio[1])))
-    top = np.where(found, np.floor(draws[:, TOP] * (height - h + 1)), (height - h) // 2)
-    left = np.where(found, np.floor(draws[:, LEFT] * (width - w + 1)), (width - w) // 2)
-    return np.stack([top, left, h, w], axis=1).astype(np.int64)
-
-
-def shifts(draws):
-    """Where a crop of the image's own size begins in it, int64 (n, 2): down, right, from -PADDING to PADDING px."""
-    return np.floor(draws[:, [TOP, LEFT]] * (2 * PADDING + 1)).astype(np.int64) - PADDING
-
-
-class BadImage(Exception):
-    """A file that is not a whole, readable image."""
-
-
-def load_image(path, channels=3):
-    """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
-
-    JPEG, PNG, WebP, TIFF, BMP, PPM and what else PIL knows, of any colour mode; 16-bit gray is scaled to 8 bits, not
-    clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
-    Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
-            return decode(Path(path).read_bytes(), channels)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise nearly every type there is on a damaged file
-        raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
-
-
-def decode(data, channels):
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            raise BadImage(
-                f"declares {width} x {height} px, more than PIL's limit of {Image.MAX_IMAGE_PIXELS} px in all"
-            )
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # 3 times faster than PIL
-            mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-            return decode_jpeg(
-                torch.from_numpy(np.frombuffer(data, np.uint8).copy()), mode=mode, apply_exif_orientation=True
-            )
-        pixels = np.array(convert(ImageOps.exif_transpose(image), "RGB" if channels == 3 else "L"))
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
-
-
-def convert(image, mode):
-    if image.mode == "F":
-        raise BadImage("32-bit float pixels: their range is not known")
-    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip at 255
-        levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
-    elif image.mode in ("P", "PA", "LA", "La", "RGBa"):
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-# Device: crop, colours, blur, solarise, noise -------------------------------------------------------------------------
-
-
-def crop_batch(images, draws, group, recipe):
-    """uint8 (B, C, H, W), draws (n, NUM_DRAWS) -> float32 (n, C, size, size), levels 0..255: crop, resize, flip.
-
-    One matrix per axis and image does it: crop = down @ image @ right^T, rounded after each product, as PIL rounds.
-    """
-    size = group.size
-    shifted = group.pad_crop and max(images.shape[2:]) <= size
-    if shifted:
-        images = images if images.shape[2:] == (size, size) else resize_batch(images, size)
-        boxes = shifts(draws)
-    else:
-        boxes = resized_crop_boxes(draws, *images.shape[2:], group.scale)
-    flip = draws[:, FLIP] < recipe.flip
-    boxes = send(np.concatenate([boxes, flip[:, None]], axis=1).astype(np.float32), images.device)
-    (top, left), flip = boxes[:, :2].T, boxes[:, -1]
-    if shifted:
-        down, right = (shift_matrix(start, size) for start in (top, left))
-    else:
-        down, right = (
-            resize_matrix(boxes[:, axis], boxes[:, 2 + axis], images.shape[2 + axis], size) for axis in (0, 1)
-        )
-    right = torch.where(flip[:, None, None] > 0, right.flip(1), right)
-    x = images.float().repeat(len(group.views), 1, 1, 1)  # (n, C, H, W)
-    n, channels, height, width = x.shape
-    x = torch.bmm(x.reshape(n, channels * height, width), right.transpose(1, 2)).round_().clamp_(0, 255)
-    return torch.matmul(down[:, None], x.reshape(n, channels, height, size)).round_().clamp_(0, 255)
-
-
-def resize_matrix(start, length, in_size, out_size):
-    """Weights that resize pixels [start, start + length) of a line to out_size pixels: PIL's bicubic with antialiasing.
-
-    start, length: float32 (n,), px. Returns float32 (n, out_size, in_size); rows sum to 1.
-    """
-    pixel = torch.arange(in_size, device=start.device)
-    scale = length / out_size
-    centre = start[:, None] + scale[:, None] * (torch.arange(out_size, device=start.device) + 0.5)  # (n, out)
-    distance = pixel + 0.5 - centre[:, :, None]  # (n, out, in)
-    d = distance.div_(scale.clamp(min=1)[:, None, None]).abs_().clamp_(max=2)
-    near, far = (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # Keys, a = -1/2
-    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # (n, in)
-    weights = torch.where(d < 1, near, far).mul_(inside[:, None])
-    return weights.div_(weights.sum(2, keepdim=True))
-
-
-def shift_matrix(start, size):
-    """float32 (n, size, size) that takes pixel start + i to i, mirrored at the edges, which are not repeated."""
-    pixel = torch.arange(size, device=start.device)
-    source = size - 1 - ((start[:, None] + pixel).abs() - (size - 1)).abs()  # (n, size)
-    return (pixel == source[:, :, None]).float()
-
-
-def resize_batch(images, size):
-    """uint8 (B, C, H, W) -> uint8 (B, C, size, size). Deterministic, on any device."""
-    start = torch.zeros(1, device=images.device)
-    down, right = (resize_matrix(start, start + length, length, size)[0] for length in images.shape[2:])
-    x = (images.float() @ right.T).round_().clamp_(0, 255)
-    return (down @ x).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def photometric(x, draws, group, recipe):
-    """Changes x, float32 (n, C, h, w) on [0, 1], in place, as draws, (n, NUM_DRAWS) on the host, say. Returns it.
-
-    Which images an operation applies to is known on the host: lists of indices go to the device, none comes back.
-    """
-    view = np.repeat(np.minimum(group.views, 2), len(draws) // len(group.views))  # 2: any local view
-    blur_sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, SIGMA]
-    color_jitter(x, draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength)
-    if x.shape[1] == 3:
-        change(x, draws[:, GRAY] < recipe.gray, grayscale)
-    change(x, draws[:, BLUR] < np.array(recipe.blur)[view], gaussian_blur, blur_sigma)
-    change(x, draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize)
-    return x
-
-
-def color_jitter(x, draws, chosen, strength):
-    """torchvision's ColorJitter: brightness, contrast, saturation, hue, in an order of its own for each image."""
-    operations = [(adjust_brightness, BRIGHTNESS), (adjust_contrast, CONTRAST)]
-    if x.shape[1] == 3:  # these leave gray as it is
-        operations += [(adjust_saturation, SATURATION), (adjust_hue, HUE)]
-    orders = np.array(list(itertools.permutations(range(len(operations)))))
-    order = orders[(draws[:, ORDER] * len(orders)).astype(int)]  # (n, operations)
-    for position in range(len(operations)):
-        for number, (operation, column) in enumerate(operations):
-            middle = 0 if operation is adjust_hue else 1
-            factor = middle + strength[number] * (2 * draws[:, column] - 1)
-            change(x, chosen & (order[:, position] == number), operation, factor)
-
-
-def change(x, chosen, operation, factor=None):
-    """x[chosen] = operation(x[chosen], factor[chosen]), with chosen (n,) bool and factor (n,) on the host."""
-    if not chosen.any():
-        return
-    factors = () if factor is None else (send(factor[chosen].astype(np.float32), x.device)[:, None, None, None],)
-    if chosen.all():
-        x.copy_(operation(x.clone(), *factors))
-        return
-    rows = send(np.flatnonzero(chosen), x.device)
-    x.index_copy_(0, rows, operation(x.index_select(0, rows), *factors))
-
-
-def send(array, device):
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-# The operations below may overwrite their input. x: float32 (n, C, h, w) on [0, 1], factors (n, 1, 1, 1).
-
-
-def adjust_brightness(x, factor):
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def adjust_contrast(x, factor):
-    return blend(x, luma(x).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x, factor):
-    return blend(x, luma(x), factor)
-
-
-def adjust_hue(x, turns):
-    """Adds `turns` of the colour wheel to the hue of HSV."""
-    high, low = x.amax(1), x.amin(1)
-    chroma = high - low
-    red, green, blue = ((high - channel) / chroma.clamp(min=1e-12) for channel in x.unbind(1))
-    sixths = torch.where(high == x[:, 1], 2 + red - blue, 4 + green - red)  # of the wheel
-    sixths = torch.where(high == x[:, 0], blue - green, sixths) + 6 * turns[:, 0]
-    for channel, offset in enumerate((5, 3, 1)):  # HSV to RGB without its six cases
-        k = (sixths + offset).remainder_(6)
-        x[:, channel] = high - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return x
-
-
-def grayscale(x):
-    return luma(x).expand_as(x)
-
-
-def solarize(x):
-    return torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x)
-
-
-def gaussian_blur(x, sigma):
-    """Gaussian of `sigma` px, edges continued. A matrix per axis, as sigma differs between images."""
-    down, right = (blur_matrix(sigma[:, :, 0, 0], size)[:, None] for size in x.shape[2:])
-    return down @ (x @ right.transpose(2, 3))
-
-
-def blur_matrix(sigma, size):
-    """sigma (n, 1) px -> float32 (n, size, size): row i makes pixel i; what falls beyond an edge goes to the edge."""
-    radius = math.ceil(4 * BLUR_SIGMA[1])
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)  # (n, 2 radius + 1)
-    kernel = F.pad(kernel / kernel.sum(1, keepdim=True), (0, size))  # (n, row of a padded Toeplitz matrix)
-    toeplitz = kernel.repeat(1, size)[:, : size * (size + 2 * radius)].view(-1, size, size + 2 * radius)
-    matrix = toeplitz[:, :, radius : radius + size].clone()
-    matrix[:, :, 0] += toeplitz[:, :, :radius].sum(2)
-    matrix[:, :, -1] += toeplitz[:, :, radius + size :].sum(2)
-    return matrix
-
-
-def blend(x, other, factor):
-    return x.mul_(factor).add_((1 - factor) * other).clamp_(0, 1)
-
-
-def luma(x):
-    """(n, 3, h, w) -> (n, 1, h, w) by ITU-R 601-2, as PIL; other channel counts come back as they are."""
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:] if x.shape[1] == 3 else x
-
-
-def match_channels(x, channels):
-    """(n, C, h, w) -> (n, channels, h, w): gray repeated, colour turned to gray (uint8 stays uint8)."""
-    if x.shape[1] == channels:
-        return x
-    if x.shape[1] == 1:
-        return x.expand(-1, channels, -1, -1)
-    return luma(x.float()).round_().to(torch.uint8) if x.dtype == torch.uint8 else luma(x)
-
-
-def normalize(x, mean, std):
-    """x on [0, 1] -> (x - mean) / std per channel; a new tensor."""
-    mean, std = (send(np.array(values, np.float32), x.device)[:, None, None] for values in (mean, std))
-    return (x - mean) / std
-
-
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
@@ -843,9 +342,9 @@ def eval_batches(images, img_size, in_chans, mean, std, batch_size, rank=0, worl
     """Every image once, without augmentation: DINO's evaluation transform for folders, whole images of sets in memory.
 
     Folders: the shorter side is resized to img_size * 256 / 224 px, bicubic, then the centre is cropped. Sets in
-    memory are resized to img_size if they have another size. indices: int (M,) of the images to take, in this order;
-    default all.
-    This process gets indices[rank::world_size]; the last batch may be short.
+    memory are resized to img_size if they have another size.
+    indices: int (M,) of the images to take, in this order; default all. This process gets indices[rank::world_size];
+    the last batch may be short.
     Yields (indices int64 numpy (b,), float32 (b, in_chans, img_size, img_size), normalised, on the CPU).
     Raises UserError naming the file if one cannot be read: a score must count every image.
     """
@@ -853,14 +352,7 @@ def eval_batches(images, img_size, in_chans, mean, std, batch_size, rank=0, worl
     mine = np.asarray(np.arange(len(images)) if indices is None else indices, np.int64)[rank::world_size]
     steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     if isinstance(images, FolderImages):
-        dataset = EvalDataset(images, img_size, in_chans)
-        batches = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=steps,
-            num_workers=num_workers,
-            collate_fn=already_collated,
-            worker_init_fn=one_thread,
-        )
+        batches = worker_loader(EvalDataset(images, img_size, in_chans), steps, num_workers)
     else:
         batches = (eval_batch_in_memory(images, step, img_size, in_chans) for step in steps)
     for step, x in zip(steps, batches, strict=True):
@@ -870,8 +362,7 @@ def eval_batches(images, img_size, in_chans, mean, std, batch_size, rank=0, worl
 
 
 def eval_batch_in_memory(images, indices, img_size, in_chans):
-    x = images.data[torch.from_numpy(indices)]
-    return match_channels(x if x.shape[2:] == (img_size, img_size) else resize_batch(x, img_size), in_chans)
+    return match_channels(resize_batch(images.data[torch.from_numpy(indices)], img_size), in_chans)
 
 
 class EvalDataset(torch.utils.data.Dataset):
@@ -879,9 +370,6 @@ class EvalDataset(torch.utils.data.Dataset):
 
     def __init__(self, images, img_size, in_chans):
         self.images, self.img_size, self.in_chans = images, img_size, in_chans
-
-    def __len__(self):
-        return len(self.images)
 
     def __getitems__(self, indices):
         x = torch.empty((len(indices), self.in_chans, self.img_size, self.img_size), dtype=torch.uint8)
@@ -904,7 +392,55 @@ def resize_and_center_crop(image, size):
     return resize(image, (height, width))[:, top : top + size, left : left + size]
 
 
+# Both loaders ---------------------------------------------------------------------------------------------------------
+
+
+def check_channels(images, in_chans):
+    possible = (1, 3) if images.channels in (1, 3) else (images.channels,)
+    if in_chans not in possible:
+        raise UserError(
+            f"--in_chans {in_chans}: these images have {images.channels} channels; expected "
+            + " or ".join(map(str, possible))
+        )
+
+
+def worker_loader(dataset, batch_sampler, num_workers, **options):
+    """A DataLoader whose `dataset` makes whole batches."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=already_collated,
+        worker_init_fn=one_thread,
+        **options,
+    )
+
+
+def already_collated(batch):
+    return batch
+
+
+def one_thread(worker_id):
+    torch.set_num_threads(1)
+
+
 # Data sets ------------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(args, split="train"):
+    """The images that --dataset, --data_path and --class_list name.
+
+    split: "train", or "val" for those to evaluate on: the test set of the small sets, the folder val/ (or test/) beside
+    train/. Returns FolderImages or ArrayImages. Raises UserError if they cannot be found or read, with where they were
+    looked for.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
+    if args.dataset == "imagefolder":
+        images = open_folder(args.data_path, split)
+    else:
+        images = open_small_set(args.dataset, args.data_path, split)
+    return keep_classes(images, args.class_list) if args.class_list else images
 
 
 class FolderImages:
@@ -956,22 +492,6 @@ class ArrayImages:
         return match_channels(self.data[index : index + 1], channels)[0]
 
 
-def open_dataset(args, split="train"):
-    """The images that --dataset, --data_path and --class_list name.
-
-    split: "train", or "val" for those to evaluate on: the test set of the small sets, the folder val/ (or test/) beside
-    train/. Returns FolderImages or ArrayImages. Raises UserError if they cannot be found or read, with where they were
-    looked for.
-    """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
-    if args.dataset == "imagefolder":
-        images = open_folder(args.data_path, split)
-    else:
-        images = open_small_set(args.dataset, args.data_path, split)
-    return keep_classes(images, args.class_list) if args.class_list else images
-
-
 def keep_classes(images, class_list):
     """The images of the classes named in the file class_list, labels counted anew in the order of the names."""
     if images.classes is None:
@@ -1002,6 +522,8 @@ def read_text(path, flag):
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
 
+
+# Folders --------------------------------------------------------------------------------------------------------------
 
 # torchvision's, without .gif-like rarities; a text file may name any file that PIL opens
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -1162,6 +684,57 @@ def torchvision_set(open_set, dataset, root, other_ways=""):
             f"{dataset} is not in {root} and cannot be downloaded ({first_line(error)}): "
             f"give the folder of its files as --data_path{other_ways}"
         ) from error
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+def load_image(path, channels=3):
+    """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
+
+    JPEG, PNG, WebP, TIFF, BMP, PPM and what else PIL knows, of any colour mode; 16-bit gray is scaled to 8 bits, not
+    clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
+    Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
+            return decode(Path(path).read_bytes(), channels)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise nearly every type there is on a damaged file
+        raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def decode(data, channels):
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > Image.MAX_IMAGE_PIXELS:
+            raise BadImage(
+                f"declares {width} x {height} px, more than PIL's limit of {Image.MAX_IMAGE_PIXELS} px in all"
+            )
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # 3 times faster than PIL
+            mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+            return decode_jpeg(
+                torch.from_numpy(np.frombuffer(data, np.uint8).copy()), mode=mode, apply_exif_orientation=True
+            )
+        pixels = np.array(convert(ImageOps.exif_transpose(image), "RGB" if channels == 3 else "L"))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def convert(image, mode):
+    if image.mode == "F":
+        raise BadImage("32-bit float pixels: their range is not known")
+    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip at 255
+        levels = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
+    elif image.mode in ("P", "PA", "LA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+class BadImage(Exception):
+    """A file that is not a whole, readable image."""
 
 
 def first_line(error):

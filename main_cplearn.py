@@ -32,6 +32,7 @@ from timm.optim import Lars
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import augmentation
 import data
 from backbones import add_backbone_arguments, build_backbone
 from cplearn_head import ACTIVATIONS, PRIORS, CPLearn, CPLearnHead
@@ -64,7 +65,7 @@ GO_ON, SAVE, SAVE_AND_STOP = range(3)  # what the processes agree on after each 
 def get_args_parser():
     parser = ArgumentParser("main_cplearn.py", description="Pretrain a backbone without labels by CPLearn.")
     data.add_dataset_arguments(parser)
-    data.add_augmentation_arguments(parser)
+    augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
     add_method_arguments(parser)
     add_optimization_arguments(parser)
@@ -188,13 +189,13 @@ def train_one_epoch(run, step):
         step += 1
         if step % run.args.log_every == 0 or step == last:
             log_step(run, step, features, clock)
+        if step == last:
+            break  # the epoch's own line and checkpoint follow, as one
         action = run.agreement.agree(wish(run))
         if action:
             save(run, step)
         if action == SAVE_AND_STOP:
             stop(run, step)
-        if step == last:
-            break
     return step
 
 

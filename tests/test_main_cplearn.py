@@ -62,7 +62,7 @@ def run(*args, **changes):
 
 
 def start(words, processes=1, **env):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = (torchrun if processes > 1 else [sys.executable]) + ["main_cplearn.py", *words]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -73,6 +73,21 @@ def start(words, processes=1, **env):
 def finish(process, timeout=300):
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def wait_for_first_line(process):
+    for line in process.stdout:
+        if "images/s" in line:
+            return
+    pytest.fail("the run ended before its first logged step")
+
+
+def kill_tree(pid):
+    """SIGKILL a process and all its descendants: torchrun's workers have sessions of their own."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        kill_tree(int(child))
 
 
 def tensors(state, prefix=""):
@@ -209,11 +224,9 @@ def test_killed_five_times_equals_undisturbed(folder, tmp_path, processes):
             code, output = finish(process)
             assert code == 0, output
             break
-        for line in process.stdout:  # the moment counts from the first logged step
-            if "images/s" in line or "Error" in line:
-                break
+        wait_for_first_line(process)
         time.sleep(rng.uniform(0, 1.5))
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         process.communicate()
         checkpoint = tmp_path / "cut" / "checkpoint.pth"
         steps.append(load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0)
@@ -227,13 +240,8 @@ def test_killed_five_times_equals_undisturbed(folder, tmp_path, processes):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_first(folder, tmp_path, number, processes):
     process = start(flags(folder, tmp_path, epochs=1000, save_every_minutes=1000, batch_size_per_gpu=4), processes)
-    for line in process.stdout:
-        if "images/s" in line:
-            break
-    if processes == 1:
-        process.send_signal(number)
-    else:  # as a terminal or a scheduler does: to every process of the job
-        os.killpg(process.pid, number)
+    wait_for_first_line(process)
+    process.send_signal(number)  # torchrun hands it on as SIGTERM
     code, output = finish(process)
     assert "stopped by a signal at step" in output and "Traceback" not in output.split("torch.distributed")[0]
     if processes == 1:
