@@ -8,7 +8,8 @@ DEMO := runs/demo
 APT := apt-get -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends install
 
 # about five minutes on two cores
-DEMO_FLAGS := --dataset fashion_mnist --arch vit_tiny --patch_size 7 --out_dim 1024
+DEMO_FLAGS := --dataset fashion_mnist --augmentation dino --arch resnet8 --width 64 --out_dim 1024 --beta 0.5 \
+	--batch_size_per_gpu 128 --lr 4e-3 --warmup_epochs 0.2 --max_steps 600
 
 .PHONY: help demo test lint format data clean
 
@@ -17,7 +18,7 @@ help: ## show what can be made
 
 demo: $(VENV)/.run data ## pretrain on Fashion-MNIST for about five minutes on two cores, evaluate, leave figures in runs/demo
 	$(RUN) main_cplearn.py $(DEMO_FLAGS) --output_dir $(DEMO)
-	$(RUN) eval_knn.py --checkpoint $(DEMO)/checkpoint.pth --nb_knn 20 --baselines --output_dir $(DEMO)
+	$(RUN) eval_knn.py --checkpoint $(DEMO)/checkpoint.pth --nb_knn 20 --baselines --precision auto --output_dir $(DEMO)
 	@echo "run folder: $(DEMO)"; ls $(DEMO)
 
 test: $(VENV)/.dev data ## install what the tests need and run them

@@ -52,7 +52,11 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", choices=("auto", "cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu"
     )
     parser.add_argument(
-        "--precision", default="fp32", choices=tuple(PRECISIONS), help="of the backbone's forward pass (default: fp32)"
+        "--precision",
+        default="fp32",
+        choices=("auto", *PRECISIONS),
+        help="of the backbone's forward pass. auto: bf16 where the hardware has it, which changes scores by about 0.1 "
+        "point (default: fp32)",
     )
 
 
@@ -62,6 +66,7 @@ def open_model(args: argparse.Namespace, device: torch.device) -> "PretrainedMod
     Flags about images that were not given (`FROM_CHECKPOINT`) are set in `args` to what the checkpoint was trained
     with, where it says so; what is still open is for `data.resolve_dataset_defaults`.
     """
+    args.precision = choose_precision(args.precision, device)
     given = {name: getattr(args, name, None) for name in ("arch", "patch_size", "img_size", "in_chans")}
     model = load_pretrained(args.checkpoint, args.checkpoint_key, **given)
     for name in FROM_CHECKPOINT:
@@ -70,6 +75,15 @@ def open_model(args: argparse.Namespace, device: torch.device) -> "PretrainedMod
     if getattr(args, "dataset", "") is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on; name the images with --dataset")
     return model.to(device)
+
+
+def choose_precision(precision, device):
+    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32; other names stay."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 # ---- a file -> a model -----------------------------------------------------------------------------------------------

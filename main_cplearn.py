@@ -37,7 +37,7 @@ import data
 from backbones import add_backbone_arguments, build_backbone
 from cplearn_head import ACTIVATIONS, PRIORS, CPLearn, CPLearnHead
 from eval_knn import knn_accuracy
-from features import PRECISIONS, extract_features
+from features import PRECISIONS, choose_precision, extract_features
 from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
 from utils import (
     Agreement,
@@ -108,9 +108,9 @@ def add_optimization_arguments(parser):
     add("--clip_grad", type=float, default=3.0, help="largest global gradient norm; 0: no clipping")
     add(
         "--precision",
-        choices=("bf16", "fp16", "fp32"),
-        default=None,
-        help="of the backbone; the loss is always fp32 (default: bf16 where the hardware has it, else fp32)",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the backbone; the loss is always fp32. auto: bf16 where the hardware has it, else fp32",
     )
     add(
         "--compile",
@@ -201,9 +201,7 @@ def train_one_epoch(run, step):
 
 def train_one_step(run, batch, step):
     """One step of the optimizer; returns this process's features of the global crops, (2B, D)."""
-    seed_everything(
-        run.args.seed, step, rank()
-    )  # for drop path and pixel noise: a function of the step, not of history
+    seed_everything(run.args.seed, step, rank())  # drop path and pixel noise: functions of the step, not histories
     set_schedules(run, step)
     views = run.loader.augment(batch, run.device)  # V x (B, C, h, w)
     if step == 0 and rank() == 0:
@@ -624,8 +622,7 @@ def effective_batch(args):
 def check_arguments(args, device):
     """Fill in what depends on the data set and the device, and refuse what cannot work."""
     data.resolve_dataset_defaults(args)
-    if args.precision is None:
-        args.precision = "bf16" if has_bf16(device) else "fp32"
+    args.precision = choose_precision(args.precision, device)
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
     for name in ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every", "max_steps", "proj_dim"):
@@ -636,12 +633,6 @@ def check_arguments(args, device):
                  "save_every_minutes", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
-
-
-def has_bf16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_labels(args, images):

@@ -267,7 +267,7 @@ def plot_log(log_path, figure_path):
 
     steps = [line for line in read_log(log_path) if line["kind"] == "step"]
     panels = [
-        ("loss and its terms (nats)", ["train_loss", "train_invariance", "train_prior", "prior_floor", "gap"]),
+        ("loss and its terms (nats)", ["train_loss", "train_invariance", "train_prior", "prior_floor"]),
         ("codes in use", ["codes_used", "perplexity"]),
         ("features", ["rankme", "feature_std", "spread"]),
         ("optimisation", ["train_lr", "train_grad_norm"]),
