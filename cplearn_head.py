@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from utils import Objective, SyncBatchNorm, UserError, all_reduce_mean, world_size
+from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, world_size
 
 ACTIVATIONS = ("l2", "tanh")
 PRIORS = ("kl", "ce")
@@ -170,11 +170,13 @@ class CPLearn(Objective):
         self.head = head
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
         self.num_codes = head.codes.shape[1]
-        # images assigned to each code since the epoch began, in fractions p: what its perplexity is taken of
+        # since the epoch began: p summed over images, and how many images had each code as their largest p
         self.register_buffer("usage", torch.zeros(self.num_codes))
+        self.register_buffer("counts", torch.zeros(self.num_codes, dtype=torch.int32))
 
     def forward(self, features):
         views = [self.head(x) for x in features]
+        self._count(views[0].detach())
         reduce_mean = partial(self._mean_over_processes, batch_size=len(features[0]))
         with torch.autocast(features[0].device.type, enabled=False):
             return cplearn_loss(
@@ -189,19 +191,24 @@ class CPLearn(Objective):
         self.usage += mean.detach() * (num_images / self.num_global)
         return mean
 
+    def _count(self, h):
+        codes = all_gather_rows(self.head.logits(h).argmax(dim=1))  # (N,); one product of B x F x K, the loss takes 2V
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
+
     def start_epoch(self):
         self.usage.zero_()
+        self.counts.zero_()
 
     @torch.no_grad()
     def statistics(self, features, averages):
-        """codes_used: codes that got at least half an image since the epoch began; perplexity of their distribution;
+        """Since the epoch began, codes_used: codes that were some image's first; perplexity of the mean prediction.
         prior_floor: the least prior that a batch of these N images can have; gap of the loss to Lemma 1's bound;
         within_code: variance of features among images that share a code, relative to all (0: collapse inside codes)."""
         distribution = self.usage / self.usage.sum()
         num_images = len(features)
         return {
             "num_codes": self.num_codes,
-            "codes_used": int((self.usage >= 0.5).sum()),
+            "codes_used": int((self.counts > 0).sum()),
             "perplexity": float(torch.special.entr(distribution).sum().exp()),
             "prior_floor": prior_floor(self.num_codes, num_images, self.prior),
             "gap": averages["loss"] - loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps),

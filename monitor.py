@@ -222,6 +222,7 @@ def diagnose(line):
     """
     found = []
     possible = min(line.get("num_codes", math.inf), line.get("images_in_epoch", math.inf))
+    used = min(line.get("codes_used", math.inf), line.get("perplexity", math.inf))
     if line["spread"] < 0.01:
         found.append(
             ("representation", f"representation collapse: features differ by {line['spread']:.2%} of their length")
@@ -232,8 +233,8 @@ def diagnose(line):
         )
     if abs(line.get("uniformity", 0.0) - 1) < 0.02:
         found.append(("saddle", f"the saddle of uniform p: invariance is {line['uniformity']:.1%} of log K"))
-    elif line.get("perplexity", math.inf) < max(1.5, 0.02 * possible):
-        found.append(("cluster", f"cluster collapse: perplexity {line['perplexity']:.1f} of {possible} possible codes"))
+    elif used < max(2.5, 0.02 * possible):
+        found.append(("cluster", f"cluster collapse: {used:.0f} codes in use where {possible} could be"))
     if line.get("within_code", 1.0) < 1e-3:
         found.append(
             ("intracluster", f"intracluster collapse: {line['within_code']:.2%} of the variance is within codes")

@@ -320,9 +320,8 @@ def save_checkpoint(state, path):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise OSError(
-            f"{path}: could not be written ({' '.join(str(error).split())[:120]}); is the disk full?"
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
+        raise OSError(f"{path}: could not be written: {reason}") from error
 
 
 def _fsync_folder(folder):

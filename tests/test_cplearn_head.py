@@ -161,8 +161,8 @@ def step_on_a_share(rank, prior, scope):
     loss.backward()
     head = objective.module.head
     mean_loss = all_reduce_mean(loss.detach())
-    state = [mean_loss, head.bn.running_mean, head.bn.running_var, objective.module.usage.double()]
-    return [t.numpy() for t in state + [p.grad for p in objective.parameters()]]
+    state = [mean_loss, head.bn.running_mean, head.bn.running_var, objective.module.usage, objective.module.counts]
+    return [t.double().numpy() for t in state + [p.grad for p in objective.parameters()]]
 
 
 @pytest.mark.parametrize("prior", ["kl", "ce"])
@@ -170,7 +170,7 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior):
     one = build(prior, "global")
     loss, _ = one(joined_batch(3))
     loss.backward()
-    state = [loss.detach(), one.head.bn.running_mean, one.head.bn.running_var, one.usage]
+    state = [loss.detach(), one.head.bn.running_mean, one.head.bn.running_var, one.usage, one.counts]
     expected = [t.double().numpy() for t in state + [p.grad for p in one.parameters()]]
     for shares in run_in_processes(step_on_a_share, prior, "global"):
         for i, (got, want) in enumerate(zip(shares, expected, strict=True)):
@@ -330,6 +330,28 @@ def test_head_is_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = CPLearn(head)([torch.randn(B, D, dtype=torch.bfloat16) for _ in range(2)])
     assert loss.dtype == torch.float32
+
+
+def test_statistics_of_an_epoch_by_hand():
+    torch.manual_seed(11)
+    objective = CPLearn(CPLearnHead(D, K, F))
+    seen, mean = set(), torch.zeros(K)
+    for _ in range(3):
+        features = [torch.randn(B, D) for _ in range(3)]
+        loss, terms = objective(features)
+        with torch.no_grad():
+            p = [objective.head.logits(objective.head(x)).softmax(1) for x in features[:2]]
+        seen |= set(p[0].argmax(1).tolist())
+        mean += (p[0].mean(0) + p[1].mean(0)) / 6
+    averages = {"loss": loss.item(), "invariance": terms["invariance"].item()}
+    numbers = objective.statistics(features[0], averages)
+    assert numbers["codes_used"] == len(seen)
+    assert numbers["perplexity"] == pytest.approx(torch.exp(-(mean * mean.log()).sum()).item(), rel=1e-5)
+    assert numbers["gap"] == pytest.approx(loss.item() - loss_lower_bound(K, 0.25), rel=1e-9)
+    assert numbers["uniformity"] == pytest.approx(terms["invariance"].item() / math.log(K), rel=1e-9)
+    assert objective.usage.sum().item() == pytest.approx(3 * B, rel=1e-5)
+    objective.start_epoch()
+    assert objective.usage.sum() == 0 and objective.counts.sum() == 0
 
 
 def test_within_code_variance():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from monitor import (
     NonFiniteLoss,
@@ -20,7 +21,14 @@ from monitor import (
     read_log,
 )
 
-HEALTHY = {"uniformity": 0.4, "perplexity": 300.0, "num_codes": 512, "images_in_epoch": 50000, "within_code": 0.5}
+HEALTHY = {
+    "uniformity": 0.4,
+    "perplexity": 300.0,
+    "codes_used": 200,
+    "num_codes": 512,
+    "images_in_epoch": 50000,
+    "within_code": 0.5,
+}
 
 
 def gaussian(rows=512, dim=384, rank=None):
@@ -64,6 +72,7 @@ def test_feature_statistics_against_numpy():
         (torch.ones(512, 384) + 1e-4 * gaussian(), {}, {"representation"}),
         (gaussian(rank=3), {}, {"dimensional"}),
         (gaussian(), {"perplexity": 2.0}, {"cluster"}),
+        (gaussian(), {"codes_used": 2}, {"cluster"}),
         (gaussian(), {"uniformity": 0.999, "perplexity": 512.0}, {"saddle"}),
         (gaussian(), {"within_code": 1e-5}, {"intracluster"}),
         (gaussian(), {"within_code": math.nan}, set()),
@@ -132,13 +141,11 @@ def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
 
 
 def test_views_are_drawn_as_they_were_before_normalisation(tmp_path):
-    from torchvision.io import read_image
-
     images = torch.rand(3, 3, 8, 8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     shift, scale = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
     plot_views([(images - shift) / scale, torch.zeros(3, 3, 4, 4)], mean, std, tmp_path / "views.png")
-    drawn = read_image(tmp_path / "views.png").float() / 255
+    drawn = torch.from_numpy(np.array(Image.open(tmp_path / "views.png"))).permute(2, 0, 1) / 255
     zoom = 16
     first = drawn[:, 2 * zoom : 10 * zoom : zoom, 2 * zoom : 10 * zoom : zoom]
     torch.testing.assert_close(first, images[0], atol=0.5 / 255 + 1e-6, rtol=0)
