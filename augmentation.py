@@ -68,7 +68,7 @@ def add_augmentation_arguments(parser):
         type=int,
         default=None,
         help="side of the local crops in pixels; default 96 at --img_size 224, else in that proportion, to a multiple "
-        "of 16 (of 4 below 128 px). Must suit --patch_size",
+        "of --patch_size",
     )
     add(
         "--max_bad_images",
@@ -82,14 +82,14 @@ def add_augmentation_arguments(parser):
 def resolve_augmentation_defaults(args):
     """Fills in, in place, every flag of this file that is None, and checks the values.
 
-    args: a namespace with the flags of `add_augmentation_arguments`, `dataset` and the resolved `img_size`.
+    args: a namespace with the flags of `add_augmentation_arguments`, `dataset`, `patch_size`, the resolved `img_size`.
     Raises UserError for a value that makes no sense.
     """
     if args.augmentation is None:
         args.augmentation = "dino" if args.dataset == "imagefolder" else "small"
     if args.local_crops_size is None:
-        multiple = 16 if args.img_size >= 128 else 4
-        args.local_crops_size = max(multiple, multiple * round(args.img_size * 96 / 224 / multiple))
+        patches = round(args.img_size * 96 / 224 / args.patch_size)
+        args.local_crops_size = args.patch_size * max(1, patches)
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:

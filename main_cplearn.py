@@ -356,7 +356,7 @@ def describe(run, step):
     """State what was derived from the flags, before the first step."""
     args, model, say = run.args, run.model, run.log.say
     groups = {group["decayed"]: sum(p.numel() for p in group["params"]) for group in run.optimizer.param_groups}
-    say(f"commit {commit()}; {torch.__version__=!s}; {run.device}, {world_size()} processes, {args.precision}")
+    say(f"commit {commit()}; torch {torch.__version__}; {run.device}, {world_size()} processes, {args.precision}")
     say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
         f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
     say(f"backbone: {args.arch}, D = {model.backbone.embed_dim}, "
@@ -562,7 +562,9 @@ def build_run(args):
         check_labels(args, images)
     loader = data.TrainLoader(images, args, args.batch_size_per_gpu, rank(), world_size())
     seed_everything(args.seed)
-    model = build_model(args).to(device)
+    model = build_model(args)
+    check_crop_sizes(args, model.backbone)
+    model.to(device)
     return Run(
         args,
         device,
@@ -633,6 +635,22 @@ def check_arguments(args, device):
                  "save_every_minutes", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
+
+
+def check_crop_sizes(args, backbone):
+    """A ViT takes sizes that its patches divide, others have rules of their own: try one image of each size."""
+    sizes = {"img_size": args.img_size}
+    if args.local_crops_number:
+        sizes["local_crops_size"] = args.local_crops_size
+    backbone.eval()
+    for flag, size in sizes.items():
+        try:
+            with torch.no_grad():
+                backbone(torch.zeros(1, args.in_chans, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--{flag} {size}: --arch {args.arch} cannot take such images: {reason}") from None
+    backbone.train()
 
 
 def check_labels(args, images):

@@ -13,6 +13,7 @@ import data
 
 def make_args(*flags, **changes):
     parser = argparse.ArgumentParser()
+    parser.add_argument("--patch_size", type=int, default=16)  # backbones.py's
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     args = parser.parse_args([str(flag) for flag in flags])

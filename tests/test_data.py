@@ -522,16 +522,17 @@ def test_wrong_paths_are_one_line(tmp_path, monkeypatch):
 
 def test_defaults_follow_the_data_set():
     expected = {
-        "fashion_mnist": (28, 1, "small", 12),
-        "cifar10": (32, 3, "small", 12),
-        "cifar100": (32, 3, "small", 12),
-        "svhn": (32, 3, "small", 12),
+        "fashion_mnist": (28, 1, "small", 16),
+        "cifar10": (32, 3, "small", 16),
+        "cifar100": (32, 3, "small", 16),
+        "svhn": (32, 3, "small", 16),
         "imagefolder": (224, 3, "dino", 96),
     }
     for name, values in expected.items():
         args = make_args("--dataset", name)
         assert (args.img_size, args.in_chans, args.augmentation, args.local_crops_size) == values
         assert len(args.mean) == len(args.std) == args.in_chans and 0 < args.num_workers <= 10
+    assert make_args("--patch_size", 7).local_crops_size == 14 and make_args("--patch_size", 4).local_crops_size == 12
     assert make_args().dataset == "fashion_mnist" and tuple(make_args().global_crops_scale) == (0.4, 1.0)
     assert make_args("--in_chans", 3).mean == (0.2860,) * 3
     assert make_args("--mean", 0.1, "--std", 0.2).mean == [0.1]

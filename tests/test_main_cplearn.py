@@ -133,7 +133,9 @@ def test_a_run_learns_and_writes_everything(folder, tmp_path, capsys):
     assert any(name.startswith("events.out.tfevents") for name in names)
     said = capsys.readouterr().out
     assert (
-        "effective batch 8 = 8 x 1; lr 1.56e-05" in said and "tau = " in said and "MiB in a checkpoint (bits)" in said
+        "effective batch 8 = 8 x 1; lr 1.56e-05" in said
+        and "l2, tau 3.685, beta 0.25" in said
+        and "MiB in a checkpoint (bits)" in said
     )
 
 
@@ -409,6 +411,7 @@ def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsy
         ({"batch_size_per_gpu": 97}, "96 images do not fill one batch of 97"),
         ({"patch_size": 5}, "--img_size 32 is not a multiple of --patch_size 5"),
         ({"arch": "vit_smal"}, "vit_small"),
+        ({"local_crops_number": 2, "local_crops_size": 15}, "--local_crops_size 15: --arch vit_tiny cannot take"),
         ({"data_path": "/no/such/folder"}, "/no/such/folder"),
         ({"precision": "fp16"}, "fp16"),
         ({"activation": "relu"}, "invalid choice: 'relu'"),
@@ -460,7 +463,7 @@ def test_two_processes_train_on_real_size(tmp_path):
     for local in (0, 2):
         words = (
             "--dataset fashion_mnist --arch vit_small --patch_size 7 --img_size 28 --out_dim 131072 --device cpu "
-            f"--batch_size_per_gpu 16 --max_steps 2 --log_every 1 --local_crops_number {local} --local_crops_size 14"
+            f"--batch_size_per_gpu 16 --max_steps 2 --log_every 1 --local_crops_number {local}"
         ).split()
         code, output = finish(start([*words, "--output_dir", str(tmp_path / str(local))], processes=2), timeout=600)
         assert code == 0, output
