@@ -326,7 +326,7 @@ def test_views_differ_and_change_with_seed_and_epoch(photographs):
     assert loader.num_views == 5
     batch = next(iter(loader.epoch(0)))
     views = loader.augment(batch, "cpu")
-    assert [tuple(view.shape) for view in views] == [(64, 3, 32, 32)] * 2 + [(64, 3, 12, 12)] * 3
+    assert [tuple(view.shape) for view in views] == [(64, 3, 32, 32)] * 2 + [(64, 3, 16, 16)] * 3
     assert all(view.dtype == torch.float32 and view.isfinite().all() for view in views)
     later = loader.augment(dataclasses.replace(batch, epoch=1), "cpu")
     assert (
