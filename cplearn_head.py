@@ -116,7 +116,7 @@ class CPLearnHead(nn.Module):
     def assign(self, x):
         """Backbone features (B, D) -> the code of each image (B,) int64, with the running statistics of batch norm."""
         was_training = self.training
-        codes = self.eval().logits(self(x)).argmax(dim=1)
+        codes = nearest_code(self.eval()(x), self.codes)
         self.train(was_training)
         return codes
 
@@ -192,7 +192,7 @@ class CPLearn(Objective):
         return mean
 
     def _count(self, h):
-        codes = all_gather_rows(self.head.logits(h).argmax(dim=1))  # (N,); one product of B x F x K, the loss takes 2V
+        codes = all_gather_rows(nearest_code(h, self.head.codes))  # (N,); one product of B x F x K, the loss takes 2V
         self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
 
     def start_epoch(self):
@@ -225,6 +225,19 @@ class CPLearn(Objective):
             f"Lemma 1: the loss cannot fall below "
             f"{loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps):.4f} nats",
         ]
+
+
+@torch.no_grad()
+def nearest_code(h, codes, tile=4096):
+    """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory."""
+    best = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
+    nearest = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+    for start in range(0, codes.shape[1], tile):
+        with torch.autocast(h.device.type, enabled=False):
+            score, k = (h @ codes[:, start : start + tile].to(h.dtype)).max(dim=1)
+        nearest = torch.where(score > best, k + start, nearest)
+        best = torch.maximum(score, best)
+    return nearest
 
 
 def within_code_variance(features, codes):

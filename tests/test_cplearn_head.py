@@ -13,6 +13,7 @@ from cplearn_head import (
     code_temperature,
     cplearn_loss,
     loss_lower_bound,
+    nearest_code,
     pack_codes,
     prior_floor,
     rademacher_codes,
@@ -323,6 +324,14 @@ def test_assign_uses_running_statistics_and_leaves_the_mode():
     codes = head.assign(x)
     assert head.training and torch.equal(head.bn.running_mean, before)
     assert torch.equal(torch.cat([head.assign(x[i : i + 1]) for i in range(B)]), codes)
+
+
+@pytest.mark.parametrize("tile", [1, 10, 37, 100])
+def test_nearest_code_is_the_argmax_of_the_logits(tile):
+    torch.manual_seed(12)
+    head = CPLearnHead(D, K, F)
+    h = head(torch.randn(B, D)).detach()
+    assert torch.equal(nearest_code(h, head.codes, tile), head.logits(h).argmax(dim=1))
 
 
 def test_head_is_float32_under_autocast():
