@@ -151,6 +151,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     total_steps: int
+    val_images: data.FolderImages | data.ArrayImages | None  # for k-NN
     recorder: Recorder = field(default_factory=Recorder)
     agreement: Agreement = field(default_factory=Agreement)
     log: RunLog = None
@@ -338,18 +339,18 @@ def finish_epoch(run, step):
 
 def knn(run):
     """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
-    matrices = {}
-    for split in ("train", "val"):
-        images = data.open_dataset(run.args, split)
-        settings = {name: getattr(run.args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
+    args = run.args
+    settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
+    matrices = []
+    for images in (run.loader.images, run.val_images):
         batches = data.eval_batches(
-            images, batch_size=run.args.batch_size_per_gpu, rank=rank(), world_size=world_size(), **settings
+            images, batch_size=args.batch_size_per_gpu, rank=rank(), world_size=world_size(), **settings
         )
-        features, _ = extract_features(run.model.backbone, batches, len(images), run.device, run.args.precision)
-        matrices[split] = features, torch.as_tensor(images.labels)
-    scores = knn_accuracy(*matrices["train"], *matrices["val"], ks=(20,))
-    run.log.say(f"k-NN (k = 20) on {len(matrices['val'][1])} images: {scores[20]['top1']:.2f} %")
-    return {"knn_top1": scores[20]["top1"]}
+        features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
+        matrices += [features, torch.as_tensor(images.labels)]
+    top1 = knn_accuracy(*matrices, ks=(20,))[20]["top1"]
+    run.log.say(f"k-NN (k = 20) on {len(run.val_images)} images: {top1:.2f} %")
+    return {"knn_top1": top1}
 
 
 def describe(run, step):
@@ -558,8 +559,7 @@ def build_run(args):
     check_arguments(args, device)
     make_folder(args.output_dir)
     images = data.open_dataset(args, "train")
-    if args.knn_every:
-        check_labels(args, images)
+    val_images = open_val(args, images) if args.knn_every else None
     loader = data.TrainLoader(images, args, args.batch_size_per_gpu, rank(), world_size())
     seed_everything(args.seed)
     model = build_model(args)
@@ -574,6 +574,7 @@ def build_run(args):
         optimizer=build_optimizer(args, model),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         total_steps=min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize),
+        val_images=val_images,
     )
 
 
@@ -653,9 +654,11 @@ def check_crop_sizes(args, backbone):
     backbone.train()
 
 
-def check_labels(args, images):
-    if images.labels is None or data.open_dataset(args, "val").labels is None:
+def open_val(args, images):
+    val_images = data.open_dataset(args, "val")
+    if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
+    return val_images
 
 
 def make_folder(folder):

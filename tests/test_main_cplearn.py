@@ -216,7 +216,7 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkey
 def test_killed_five_times_equals_undisturbed(folder, tmp_path, processes):
     """SIGKILL at random moments, restarted with another number of workers each time."""
     rng = random.Random(processes)
-    long = {"epochs": 12, "batch_size_per_gpu": BATCH // processes, "save_every_minutes": 0.002, "arch": "vit_tiny"}
+    long = {"epochs": 12, "batch_size_per_gpu": BATCH // processes, "save_every_minutes": 0.01, "arch": "vit_tiny"}
     code, output = finish(start(flags(folder, tmp_path / "whole", **long), processes))
     assert code == 0, output
     steps = []
