@@ -97,7 +97,7 @@ def add_method_arguments(parser):
 def add_optimization_arguments(parser):
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size_per_gpu", type=int, default=64, help="images per process; also fixes tau for tanh")
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the images; the paper: 100 on ImageNet-100")
     add("--max_steps", type=int, default=None, help="end (and anneal) after so many steps, for trying things")
     add("--warmup_epochs", type=float, default=10, help="linear warm-up of the learning rate")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
@@ -123,8 +123,8 @@ def add_optimization_arguments(parser):
 def add_run_arguments(parser):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--seed", type=int, default=0)
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: cuda, else mps, else cpu")
+    add("--seed", type=int, default=0, help="of weights, dictionary, order and augmentation")
     add("--resume", default=None, metavar="PATH", help="checkpoint to go on from (default: the output_dir's)")
     add("--no-resume", dest="no_resume", action="store_true", help="start anew; an earlier run's files are kept")
     add(

@@ -27,11 +27,17 @@ class UserError(Exception):
     exit_code = 2
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action):
+        told = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations, and reports a mistake as one UserError line."""
 
     def __init__(self, prog, description):
-        super().__init__(prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
