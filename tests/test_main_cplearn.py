@@ -245,7 +245,8 @@ def test_a_signal_saves_first(folder, tmp_path, number, processes):
     wait_for_first_line(process)
     process.send_signal(number)  # torchrun hands it on as SIGTERM
     code, output = finish(process)
-    assert "stopped by a signal at step" in output and "Traceback" not in output.split("torch.distributed")[0]
+    assert "stopped by a signal at step" in output
+    assert 'main_cplearn.py", line' not in output  # torchrun shows a traceback, its own
     if processes == 1:
         assert code == 128 + number
     step = load_checkpoint(tmp_path / "checkpoint.pth")["step"]
