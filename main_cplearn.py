@@ -125,8 +125,13 @@ def add_run_arguments(parser):
     add("--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: cuda, else mps, else cpu")
     add("--seed", type=int, default=0, help="of weights, dictionary, order and augmentation")
-    add("--resume", default=None, metavar="PATH", help="checkpoint to go on from (default: the output_dir's)")
-    add("--no-resume", dest="no_resume", action="store_true", help="start anew; an earlier run's files are kept")
+    add("--resume", default=None, metavar="PATH", help="where the output_dir has no checkpoint, go on from this one")
+    add(
+        "--no-resume",
+        dest="no_resume",
+        action="store_true",
+        help="set the output_dir's earlier run aside, and start anew",
+    )
     add(
         "--allow_changed_flags",
         action=argparse.BooleanOptionalAction,
@@ -492,30 +497,40 @@ def keep_copy(path, name):
 
 
 def resume(run):
-    """Load --resume or the output folder's checkpoint, if there is one; returns the step to go on from."""
+    """Load the output folder's checkpoint, or else --resume's, if there is one; returns the step to go on from.
+
+    The folder's own comes first: the same command, with --resume in it, must go on when it is started again."""
     args, path = run.args, checkpoint_path(run.args)
     if args.no_resume:
         if rank() == 0:
             set_aside(Path(args.output_dir))
         dist.barrier()
+    path = path if path.exists() else args.resume
+    if path is None:
         return 0
-    if args.resume is None and not path.exists():
-        return 0
-    path = args.resume or path
     state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
             f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
         )
-    check_same_run(run, state, path)
+    try:
+        check_same_run(run, state, path)
+        load_state(run, state)
+        return state["step"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit this run: {reason}") from None
+
+
+def load_state(run, state):
     weights = state["student"]
-    run.model.backbone.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("backbone.")})
+    backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     head = {k: v for k, v in weights.items() if k.startswith("head.")}
-    run.model.objective.load_state_dict({**state["objective"], **head})
+    run.model.backbone.load_state_dict(backbone)
+    run.model.objective.load_state_dict(state["objective"] | head)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["fp16_scaler"])
     run.recorder.load_state_dict(state["recorder"])
-    return state["step"]
 
 
 # flags that another machine or another mood may change without changing the result

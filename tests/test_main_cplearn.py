@@ -263,8 +263,12 @@ def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
 
 
 def test_resume_from_a_path(folder, tmp_path):
-    run(folder, tmp_path / "a")
-    run(folder, tmp_path / "b", resume=tmp_path / "a" / "checkpoint.pth")  # finished already: nothing left to do
+    run(folder, tmp_path / "a", saveckp_freq=1)
+    run(folder, tmp_path / "b", resume=tmp_path / "a" / "checkpoint0001.pth")
+    assert_same_checkpoint(tmp_path / "a" / "checkpoint.pth", tmp_path / "b" / "checkpoint.pth")
+    before = (tmp_path / "b" / "checkpoint.pth").stat().st_mtime_ns
+    assert run(folder, tmp_path / "b", resume=tmp_path / "a" / "checkpoint0001.pth") == 24  # goes on from its own end
+    assert (tmp_path / "b" / "checkpoint.pth").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="no such file"):
         run(folder, tmp_path / "c", resume=tmp_path / "nothing.pth")
 
@@ -280,6 +284,13 @@ def test_changed_flags_are_named(folder, tmp_path, change, said):
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     if "beta" in change:
         assert run(folder, tmp_path, max_steps=2, allow_changed_flags=True, **change) == 2
+
+
+def test_weights_that_do_not_fit_are_one_line(folder, tmp_path):
+    run(folder, tmp_path, max_steps=2)
+    with pytest.raises(UserError, match="does not fit this run") as caught:
+        run(folder, tmp_path, max_steps=2, out_dim=65, allow_changed_flags=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_changed_data_is_named(folder, tmp_path):
