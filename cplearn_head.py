@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fused_loss import fused_cplearn_loss
 from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, world_size
 
 ACTIVATIONS = ("l2", "tanh")
 PRIORS = ("kl", "ce")
+HEAD_IMPLS = ("auto", "dense", "tiled")
 
 
 def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_mean=None):
@@ -155,6 +157,7 @@ class CPLearn(Objective):
 
     prior_scope "global": the prior's mean runs over the batch of all processes, so that N processes descend the loss of
     one process on the joined batch; "local": over each process's own batch, as in the authors' code.
+    loss_function: `cplearn_loss`, or another form of it as `choose_loss` gives.
     """
 
     advice = {
@@ -165,9 +168,9 @@ class CPLearn(Objective):
         "intracluster": "images that share a code are alike: raise --out_dim, or lower --beta",
     }
 
-    def __init__(self, head, beta=0.25, prior="kl", num_global=2, prior_scope="global"):
+    def __init__(self, head, beta=0.25, prior="kl", num_global=2, prior_scope="global", loss_function=cplearn_loss):
         super().__init__()
-        self.head = head
+        self.head, self.loss_function = head, loss_function
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
         self.num_codes = head.codes.shape[1]
         # since the epoch began: p summed over images, and how many images had each code as their largest p
@@ -179,7 +182,7 @@ class CPLearn(Objective):
         self._count(views[0].detach())
         reduce_mean = partial(self._mean_over_processes, batch_size=len(features[0]))
         with torch.autocast(features[0].device.type, enabled=False):
-            return cplearn_loss(
+            return self.loss_function(
                 views, self.head.codes, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
             )
 
@@ -225,6 +228,17 @@ class CPLearn(Objective):
             f"Lemma 1: the loss cannot fall below "
             f"{loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps):.4f} nats",
         ]
+
+
+def choose_loss(head_impl, device, num_logits):
+    """The form of the loss that runs, (name, function with `cplearn_loss`'s arguments); all are float32.
+
+    head_impl: "dense", "tiled", or "auto": tiled on a CPU where one view has a million logits or more, which saves
+    memory and some time (benchmarks/head.py). On a GPU the tiles were never run.
+    """
+    if head_impl == "auto":
+        head_impl = "tiled" if device.type == "cpu" and num_logits >= 2**20 else "dense"
+    return head_impl, {"dense": cplearn_loss, "tiled": fused_cplearn_loss}[head_impl]
 
 
 @torch.no_grad()

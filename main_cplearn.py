@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augmentation
 import data
 from backbones import add_backbone_arguments, build_backbone
-from cplearn_head import ACTIVATIONS, PRIORS, CPLearn, CPLearnHead
+from cplearn_head import ACTIVATIONS, HEAD_IMPLS, PRIORS, CPLearn, CPLearnHead, choose_loss
 from eval_knn import knn_accuracy
 from features import PRECISIONS, choose_precision, extract_features
 from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
@@ -90,6 +90,12 @@ def add_method_arguments(parser):
         choices=("global", "local"),
         default="global",
         help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
+    )
+    add(
+        "--head_impl",
+        choices=HEAD_IMPLS,
+        default="auto",
+        help="form of the loss: dense, or tiled without any B x K array; auto: the one that wins, said at the start",
     )
     add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
 
@@ -369,6 +375,7 @@ def describe(run, step):
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
     for text in model.objective.describe():
         say(text)
+    say(f"loss: {args.head_impl}, fp32")
     say(f"effective batch {effective_batch(args)} = {args.batch_size_per_gpu} x {world_size()}; "
         f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} steps; "
         f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
@@ -577,7 +584,7 @@ def build_run(args):
     val_images = open_val(args, images) if args.knn_every else None
     loader = data.TrainLoader(images, args, args.batch_size_per_gpu, rank(), world_size())
     seed_everything(args.seed)
-    model = build_model(args)
+    model = build_model(args, device)
     check_crop_sizes(args, model.backbone)
     model.to(device)
     return Run(
@@ -593,7 +600,7 @@ def build_run(args):
     )
 
 
-def build_model(args):
+def build_model(args, device):
     backbone = build_backbone(
         args.arch,
         args.img_size,
@@ -606,7 +613,8 @@ def build_model(args):
     head = CPLearnHead(
         backbone.embed_dim, args.out_dim, args.proj_dim, args.activation, args.batch_size_per_gpu, args.eps, args.seed
     )
-    objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope)
+    args.head_impl, loss_function = choose_loss(args.head_impl, device, args.batch_size_per_gpu * args.out_dim)
+    objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)
     return convert_sync_batchnorm(Model(backbone, objective, args.precision))
 
 

@@ -253,6 +253,19 @@ def test_a_signal_saves_first(folder, tmp_path, number, processes):
     assert step >= 5 and f"stopped by a signal at step {step};" in output
 
 
+def test_tiled_run_follows_the_dense_run_and_resumes(folder, tmp_path):
+    """The same 24 steps; then the tiled run again, cut at the end of its first epoch and resumed."""
+    run(folder, tmp_path / "dense", head_impl="dense", log_every=1, lr=5e-3)
+    run(folder, tmp_path / "tiled", head_impl="tiled", log_every=1, lr=5e-3, saveckp_freq=1)
+    dense, tiled = (
+        [line["train_loss"] for line in read_log(tmp_path / name / "log.txt")] for name in ("dense", "tiled")
+    )
+    np.testing.assert_allclose(tiled, dense, rtol=1e-4)
+    first = tmp_path / "tiled" / "checkpoint0001.pth"
+    run(folder, tmp_path / "cut", head_impl="tiled", log_every=1, lr=5e-3, resume=first)
+    assert_same_checkpoint(tmp_path / "tiled" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+
+
 def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
     run(folder, tmp_path, max_steps=3)
     first = (tmp_path / "checkpoint.pth").read_bytes()
