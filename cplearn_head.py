@@ -9,17 +9,18 @@ Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised L
 import math
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_loss import fused_cplearn_loss
-from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, world_size
+from dictionary import Dictionary, pack_codes, rademacher_codes, unpack_codes  # noqa: F401
+from fused_loss import PRIORS, check_loss_inputs, fused_cplearn_loss, highest_over_processes, prior_loss  # noqa: F401
+from hadamard import HadamardDictionary
+from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 ACTIVATIONS = ("l2", "tanh")
-PRIORS = ("kl", "ce")
-HEAD_IMPLS = ("auto", "dense", "tiled")
+DICTIONARIES = {"rademacher": Dictionary, "hadamard": HadamardDictionary}
+HEAD_IMPLS = ("auto", "dense", "tiled", "triton")
 
 
 def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_mean=None):
@@ -34,14 +35,15 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
 
     Gradients flow through both sides of every term. This is the definition that every faster form is tested against.
 
-    views: list of V tensors (B, F), float32 or float64, global crops first.  codes: (F, K) of -1 and +1, any dtype.
+    views: list of V tensors (B, F), float32 or float64, global crops first.
+    codes: (F, K) of -1 and +1, any dtype, or a Dictionary of all codes.
     reduce_mean: maps this process's mean (K,) to the mean over all processes, differentiably; None: this process alone.
     Returns (loss, {"invariance", "prior"}): scalars in nats, the terms unweighted.
     Raises ValueError for shapes that do not fit, fewer than two views, or an unknown prior.
     Source: Eq. 2 and Appendix N of arXiv 2410.04959, made symmetric over views as the authors' code is.
     """
-    _check_loss_inputs(views, codes, prior, num_global)
-    codes = codes.to(views[0].dtype)
+    check_loss_inputs(views, codes, prior, num_global)
+    codes = (codes.dense() if isinstance(codes, Dictionary) else codes).to(views[0].dtype)
     log_probs = [F.log_softmax(h @ codes / tau, dim=1) for h in views]  # V x (B, K)
     probs = [log_p.exp() for log_p in log_probs[:num_global]]
     pairs = [(a, v) for a in range(len(probs)) for v in range(len(views)) if v != a]
@@ -51,27 +53,6 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
         means = [reduce_mean(mean) for mean in means]
     prior_term = sum(prior_loss(mean, prior) for mean in means) / len(means)
     return beta * invariance + prior_term, {"invariance": invariance, "prior": prior_term}
-
-
-def prior_loss(mean_probs, prior):
-    """Distance of the mean prediction (K,) from uniform: KL(pbar || uniform) or CE(uniform, pbar), in nats."""
-    num_codes = mean_probs.numel()
-    # float32 probabilities underflow to 0 with tanh's unbounded logits; log of the smallest normal number stands in
-    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
-    if prior == "kl":
-        return (mean_probs * (log_mean + math.log(num_codes))).sum()
-    return -log_mean.mean()
-
-
-def _check_loss_inputs(views, codes, prior, num_global):
-    if prior not in PRIORS:
-        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}")
-    if len(views) < 2 or not 1 <= num_global <= len(views):
-        raise ValueError(f"{len(views)} views with {num_global} global; expected at least 2 views, 1 of them global")
-    for h in views:
-        if h.shape != views[0].shape or h.shape[1] != codes.shape[0]:
-            raise ValueError(f"views have shapes {[tuple(h.shape) for h in views]}, codes {tuple(codes.shape)}; "
-                             "expected (B, F) each, and codes (F, K)")  # fmt: skip
 
 
 class CPLearnHead(nn.Module):
@@ -85,12 +66,25 @@ class CPLearnHead(nn.Module):
     in_dim: D.  out_dim: K, fewer than 1 / eps.  proj_dim: F, by default D.
     batch_size: n, the images in one process's batch; it sets tau once, tau is stored with the weights, and no later
     batch size changes a logit. With l2, n cancels.
-    seed: of the dictionary. Everything runs in the parameters' dtype (float32), outside autocast.
-    The state dict holds the dictionary as bits: F * K / 8 bytes.
+    seed, dictionary, storage, shard: of the codes, see dictionary.py and hadamard.py.
+    Everything runs in the parameters' dtype (float32), outside autocast.
+    The state dict holds the dictionary's kind and seed, and its F * K / 8 bytes of bits where they are stored here.
     Raises UserError for sizes that cannot be.
     """
 
-    def __init__(self, in_dim, out_dim=131072, proj_dim=None, activation="l2", batch_size=64, eps=1e-8, seed=0):
+    def __init__(
+        self,
+        in_dim,
+        out_dim=131072,
+        proj_dim=None,
+        activation="l2",
+        batch_size=64,
+        eps=1e-8,
+        seed=0,
+        dictionary="rademacher",
+        storage="int8",
+        shard=(0, 1),
+    ):
         super().__init__()
         proj_dim = proj_dim or in_dim
         if activation not in ACTIVATIONS:
@@ -101,7 +95,15 @@ class CPLearnHead(nn.Module):
         self.eps = eps
         self.linear = nn.Linear(in_dim, proj_dim)
         self.bn = SyncBatchNorm(proj_dim)
-        self.register_buffer("codes", rademacher_codes(proj_dim, out_dim, seed), persistent=False)
+        try:
+            self.dictionary = DICTIONARIES[dictionary](proj_dim, out_dim, seed, storage, shard)
+        except ValueError as error:
+            raise UserError(f"dictionary {dictionary}: {error}") from None
+
+    @property
+    def codes(self):
+        """(F, K) int8 of -1 and +1: those that this process holds."""
+        return self.dictionary.dense()
 
     def forward(self, x):
         """Backbone features (B, D) -> embeddings h (B, F). In training mode, call it once per view."""
@@ -118,38 +120,52 @@ class CPLearnHead(nn.Module):
     def assign(self, x):
         """Backbone features (B, D) -> the code of each image (B,) int64, with the running statistics of batch norm."""
         was_training = self.training
-        codes = nearest_code(self.eval()(x), self.codes)
+        codes = nearest_code(self.eval()(x), self.dictionary)
         self.train(was_training)
         return codes
 
     def extra_repr(self):
-        dim, num_codes = self.codes.shape
-        return f"F={dim}, K={num_codes}, activation={self.activation}, tau={self.tau:.4g}"
+        return f"activation={self.activation}, tau={self.tau:.4g}"
 
-    # the dictionary travels as bits, and with it what the logits depend on
+    # the dictionary travels as bits or as its seed, and with it what the logits depend on
+
+    @classmethod
+    def of_state(cls, in_dim, state, activation):
+        """A head for a state dict, of the sizes and with the dictionary that it tells; the weights are not loaded."""
+        num_codes, kind = int(state["scale"][2]), list(DICTIONARIES)[int(state["seed"][0])]
+        storage = "seed" if kind == Dictionary.kind and "codes" not in state else "int8"
+        return cls(in_dim, num_codes, len(state["linear.weight"]), activation, dictionary=kind, storage=storage)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "codes"] = pack_codes(self.codes)
-        scale = [self.tau, self.radius, float(self.codes.shape[1])]
+        scale = [self.tau, self.radius, float(self.dictionary.num_codes)]
         destination[prefix + "scale"] = torch.tensor(scale, dtype=torch.float64)
+        kind = list(DICTIONARIES).index(self.dictionary.kind)
+        destination[prefix + "seed"] = torch.tensor([kind, self.dictionary.seed])
+        packed = self.dictionary.packed()
+        if packed is not None:
+            destination[prefix + "codes"] = packed
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        stored = {name: state_dict.get(prefix + name) for name in ("codes", "scale")}
-        missing += [prefix + name for name, value in stored.items() if value is None]
-        rest = {k: v for k, v in state_dict.items() if k not in (prefix + "codes", prefix + "scale")}
+        own = [prefix + name for name in ("scale", "seed", "codes")]
+        scale, seed, packed = map(state_dict.get, own)
+        rest = {k: v for k, v in state_dict.items() if k not in own}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
-        if stored["codes"] is None or stored["scale"] is None:
+        missing += [name for name, value in zip(own, (scale, seed), strict=False) if value is None]
+        if scale is None or seed is None:
             return
-        tau, radius, num_codes = stored["scale"].tolist()
-        dim, expected = self.codes.shape
-        if int(num_codes) != expected or tuple(stored["codes"].shape) != (dim, math.ceil(expected / 8)):
-            errors.append(
-                f"{prefix}codes: {stored['codes'].shape[0]} x {int(num_codes)} in the file, {dim} x {expected} here"
-            )
+        self.tau, self.radius, num_codes = scale.tolist()
+        kind, seed = seed.tolist()
+        here = self.dictionary
+        expected = (here.shape[0], math.ceil(here.num_codes / 8))
+        if (int(num_codes), list(DICTIONARIES)[kind]) != (here.num_codes, here.kind) or (
+            packed is not None and tuple(packed.shape) != expected
+        ):
+            errors.append(f"{prefix}codes: {list(DICTIONARIES)[kind]}, K {int(num_codes)} in the file; "
+                          f"{here.kind}, F {here.shape[0]}, K {here.num_codes} here")  # fmt: skip
             return
-        self.tau, self.radius = tau, radius
-        self.codes.copy_(unpack_codes(stored["codes"], expected))
+        here.seed = seed
+        here.fill(packed)
 
 
 class CPLearn(Objective):
@@ -172,31 +188,41 @@ class CPLearn(Objective):
         super().__init__()
         self.head, self.loss_function = head, loss_function
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
-        self.num_codes = head.codes.shape[1]
+        self.num_codes = head.dictionary.num_codes
         # since the epoch began: p summed over images, and how many images had each code as their largest p
         self.register_buffer("usage", torch.zeros(self.num_codes))
         self.register_buffer("counts", torch.zeros(self.num_codes, dtype=torch.int32))
 
     def forward(self, features):
         views = [self.head(x) for x in features]
-        self._count(views[0].detach())
         reduce_mean = partial(self._mean_over_processes, batch_size=len(features[0]))
         with torch.autocast(features[0].device.type, enabled=False):
-            return self.loss_function(
-                views, self.head.codes, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
+            loss, terms = self.loss_function(
+                views, self.head.dictionary, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
             )
+        # the dense form, which is the definition, does not say: one more product of B x F x K
+        assignment = terms.pop("assignment", None)
+        self._count(nearest_code(views[0].detach(), self.head.dictionary) if assignment is None else assignment)
+        return loss, terms
 
     def _mean_over_processes(self, local_mean, batch_size):
-        if self.prior_scope == "global":
-            mean, num_images = all_reduce_mean(local_mean), batch_size * world_size()
-        else:
-            mean, num_images = local_mean, batch_size
-        self.usage += mean.detach() * (num_images / self.num_global)
+        dictionary = self.head.dictionary
+        mean = local_mean  # of the joined batch already where codes are sharded
+        if self.prior_scope == "global" and not dictionary.sharded:
+            mean = all_reduce_mean(local_mean)
+        num_images = batch_size * (world_size() if self.prior_scope == "global" else 1)
+        held = slice(dictionary.first, dictionary.first + len(mean))
+        self.usage[held] += mean.detach() * (num_images / self.num_global)
         return mean
 
-    def _count(self, h):
-        codes = all_gather_rows(nearest_code(h, self.head.codes))  # (N,); one product of B x F x K, the loss takes 2V
+    def _count(self, assignment):
+        codes = all_gather_rows(assignment)  # (N,)
         self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
+
+    def before_save(self):
+        """With sharded codes each process has the usage of its own, until now."""
+        if self.head.dictionary.sharded:
+            self.usage.copy_(all_gather_rows(self.usage.view(world_size(), -1)[rank()]))
 
     def start_epoch(self):
         self.usage.zero_()
@@ -207,6 +233,7 @@ class CPLearn(Objective):
         """Since the epoch began, codes_used: codes that were some image's first; perplexity of the mean prediction.
         prior_floor: the least prior that a batch of these N images can have; gap of the loss to Lemma 1's bound;
         within_code: variance of features among images that share a code, relative to all (0: collapse inside codes)."""
+        self.before_save()
         distribution = self.usage / self.usage.sum()
         num_images = len(features)
         return {
@@ -220,38 +247,62 @@ class CPLearn(Objective):
         }
 
     def describe(self):
-        dim = self.head.codes.shape[0]
+        dictionary, dim = self.head.dictionary, self.head.dictionary.shape[0]
+        packed = 0 if dictionary.packed() is None else dim * math.ceil(self.num_codes / 8)
+        shard = f", {dictionary.shape[1]} codes in each of {world_size()} processes" if dictionary.sharded else ""
         return [
             f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}",
-            f"dictionary: {self.head.codes.numel() / 2**20:.1f} MiB in memory (int8), "
-            f"{dim * math.ceil(self.num_codes / 8) / 2**20:.2f} MiB in a checkpoint (bits)",
+            f"dictionary: {dictionary.kind}, {dictionary.num_bytes() / 2**20:.2f} MiB in memory "
+            f"({dictionary.storage}){shard}, {packed / 2**20:.2f} MiB in a checkpoint",
+            f"loss: {describe_loss(self.loss_function)}",
             f"Lemma 1: the loss cannot fall below "
             f"{loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps):.4f} nats",
         ]
 
 
-def choose_loss(head_impl, device, num_logits):
-    """The form of the loss that runs, (name, function with `cplearn_loss`'s arguments); all are float32.
+def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademacher", sharded=False):
+    """The form of the loss that runs: (head_impl without "auto", function with `cplearn_loss`'s arguments).
 
-    head_impl: "dense", "tiled", or "auto": tiled on a CPU where one view has a million logits or more, which saves
-    memory and some time (benchmarks/head.py). On a GPU the tiles were never run.
+    head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
+    million logits or more, which saves memory and time (benchmarks/head.py); else dense. The Triton kernels were never
+    run on a GPU: they are taken only when asked for.
+    bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
+    Raises UserError for a form that cannot run here.
     """
     if head_impl == "auto":
-        head_impl = "tiled" if device.type == "cpu" and num_logits >= 2**20 else "dense"
-    return head_impl, {"dense": cplearn_loss, "tiled": fused_cplearn_loss}[head_impl]
+        head_impl = "tiled" if sharded or (device.type == "cpu" and num_logits >= 2**20) else "dense"
+    if head_impl == "dense" and sharded:
+        raise UserError("--head_impl dense: --shard_codes needs tiled or triton")
+    if head_impl == "triton" and (device.type != "cuda" or dictionary != "rademacher"):
+        raise UserError(f"--head_impl triton: on {device.type} with --dictionary {dictionary}; "
+                        "it needs a GPU and rademacher, use tiled")  # fmt: skip
+    if head_impl == "dense":
+        return head_impl, cplearn_loss
+    compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
+    return head_impl, partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)
+
+
+def describe_loss(loss_function):
+    if loss_function is cplearn_loss:
+        return "dense, float32"
+    settings = loss_function.keywords
+    return f"{settings['impl']}, products in {str(settings['compute_dtype']).removeprefix('torch.')}, sums in float32"
 
 
 @torch.no_grad()
 def nearest_code(h, codes, tile=4096):
-    """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory."""
+    """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory.
+
+    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h."""
+    codes = Dictionary.of(codes)
     best = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
     nearest = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     for start in range(0, codes.shape[1], tile):
         with torch.autocast(h.device.type, enabled=False):
-            score, k = (h @ codes[:, start : start + tile].to(h.dtype)).max(dim=1)
-        nearest = torch.where(score > best, k + start, nearest)
+            score, k = (h @ codes.tile(start, min(start + tile, codes.shape[1])).to(h.dtype)).max(dim=1)
+        nearest = torch.where(score > best, k + (codes.first + start), nearest)
         best = torch.maximum(score, best)
-    return nearest
+    return highest_over_processes(best, nearest) if codes.sharded else nearest
 
 
 def within_code_variance(features, codes):
@@ -299,41 +350,3 @@ def loss_lower_bound(num_codes, beta, prior="kl", eps=1e-8):
 def prior_floor(num_codes, num_images, prior="kl"):
     """Least prior of one batch of N images with hard codes: log(K / N) for "kl" while N < K; log K for "ce"."""
     return math.log(num_codes) if prior == "ce" else max(0.0, math.log(num_codes / num_images))
-
-
-# ---- the dictionary --------------------------------------------------------------------------------------------------
-
-
-def rademacher_codes(dim, num_codes, seed=0):
-    """Independent fair signs, (dim, num_codes) int8 of -1 and +1: a pure function of its arguments.
-
-    Bit k % 32 of a 32-bit hash of (seed, row, k // 32), so that any part of the dictionary can be computed alone and
-    the same on every device and version of torch.
-    """
-    row = torch.arange(dim, dtype=torch.int64)[:, None]
-    word = torch.arange(math.ceil(num_codes / 32), dtype=torch.int64)[None, :]
-    key = _hash32(_hash32(torch.tensor(seed % 2**32)) ^ row)  # (F, 1)
-    hashed = _hash32(_hash32(key ^ word) + key)  # (F, ceil(K / 32)), values below 2^32
-    packed = torch.from_numpy(hashed.numpy().astype("<u4").view(np.uint8))  # little-endian: bit k of the row is code k
-    return unpack_codes(packed, num_codes)
-
-
-def _hash32(x):
-    """Finaliser of MurmurHash3 (Appleby, public domain) on int64 tensors taken modulo 2^32."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
-def pack_codes(codes):
-    """(dim, num_codes) of -1 and +1 -> (dim, ceil(num_codes / 8)) uint8: bit k % 8 of byte k // 8 is 1 for +1."""
-    return torch.from_numpy(np.packbits(codes.cpu().numpy() > 0, axis=1, bitorder="little"))
-
-
-def unpack_codes(packed, num_codes):
-    """Inverse of `pack_codes`: (dim, ceil(num_codes / 8)) uint8 -> (dim, num_codes) int8 of -1 and +1."""
-    bits = np.unpackbits(packed.cpu().numpy(), axis=1, count=num_codes, bitorder="little").view(np.int8)
-    bits *= 2
-    bits -= 1
-    return torch.from_numpy(bits)

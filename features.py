@@ -307,10 +307,9 @@ def _listed(names, most=8):
 
 def _build_head(in_dim, state, activation, path):
     """CPLearn's head, or None for a file without it: a bare backbone, or one trained with another method's head."""
-    if activation is None or not {"linear.weight", "codes", "scale"} <= state.keys():
+    if activation is None or not {"linear.weight", "seed", "scale"} <= state.keys():
         return None
-    num_codes = int(state["scale"][2])  # tau, radius, K
-    head = CPLearnHead(in_dim, num_codes, proj_dim=len(state["linear.weight"]), activation=activation)
+    head = CPLearnHead.of_state(in_dim, state, activation)
     _load_strictly(head, state, f"{path}: CPLearn's head")
     return head.eval()
 

@@ -35,9 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 import augmentation
 import data
 from backbones import add_backbone_arguments, build_backbone
-from cplearn_head import ACTIVATIONS, HEAD_IMPLS, PRIORS, CPLearn, CPLearnHead, choose_loss
+from cplearn_head import ACTIVATIONS, DICTIONARIES, HEAD_IMPLS, CPLearn, CPLearnHead, choose_loss
+from dictionary import STORAGES
 from eval_knn import knn_accuracy
 from features import PRECISIONS, choose_precision, extract_features
+from fused_loss import PRIORS
 from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
 from utils import (
     Agreement,
@@ -95,7 +97,26 @@ def add_method_arguments(parser):
         "--head_impl",
         choices=HEAD_IMPLS,
         default="auto",
-        help="form of the loss: dense, or tiled without any B x K array; auto: the one that wins, said at the start",
+        help="form of the loss: dense (with B x K arrays), or without such arrays tiled (by matrix products) or triton "
+        "(CUDA kernels, never run on a GPU yet); auto: the one that wins, said at the start",
+    )
+    add(
+        "--dictionary",
+        choices=list(DICTIONARIES),
+        default="rademacher",
+        help="random signs as in the paper; hadamard: orthogonal blocks of F codes, a fast transform on CPUs",
+    )
+    add(
+        "--codes_storage",
+        choices=STORAGES,
+        default="int8",
+        help="of random signs: F K bytes of memory, an eighth as bits, or the seed alone, hashed where it is used",
+    )
+    add(
+        "--shard_codes",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each process holds its share of the codes and sees all images: for K of millions",
     )
     add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
 
@@ -116,7 +137,8 @@ def add_optimization_arguments(parser):
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="of the backbone; the loss is always fp32. auto: bf16 where the hardware has it, else fp32",
+        help="of the backbone, and with bf16 of the matrix products of --head_impl tiled and triton; all else in the "
+        "loss is fp32. auto: bf16 where the hardware has it, else fp32",
     )
     add(
         "--compile",
@@ -375,7 +397,6 @@ def describe(run, step):
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
     for text in model.objective.describe():
         say(text)
-    say(f"loss: {args.head_impl}, fp32")
     say(f"effective batch {effective_batch(args)} = {args.batch_size_per_gpu} x {world_size()}; "
         f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} steps; "
         f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
@@ -439,6 +460,7 @@ def save(run, step):
     """Write checkpoint.pth from rank 0. A run that cannot write it says so and goes on; the next one may succeed."""
     run.recorder.read(may_overflow=may_overflow(run))  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
+    run.model.objective.before_save()
     if rank() != 0:
         return
     try:
@@ -544,7 +566,7 @@ def load_state(run, state):
 FREE_FLAGS = {
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
     "save_every_minutes", "saveckp_freq", "log_every", "knn_every", "max_bad_images", "compile", "grad_checkpointing",
-    "batch_size_per_gpu",
+    "batch_size_per_gpu", "codes_storage",
 }  # fmt: skip
 
 
@@ -611,9 +633,21 @@ def build_model(args, device):
         args.grad_checkpointing,
     )
     head = CPLearnHead(
-        backbone.embed_dim, args.out_dim, args.proj_dim, args.activation, args.batch_size_per_gpu, args.eps, args.seed
+        backbone.embed_dim,
+        args.out_dim,
+        args.proj_dim,
+        args.activation,
+        args.batch_size_per_gpu,
+        args.eps,
+        args.seed,
+        args.dictionary,
+        args.codes_storage,
+        shard=(rank(), world_size()) if args.shard_codes else (0, 1),
     )
-    args.head_impl, loss_function = choose_loss(args.head_impl, device, args.batch_size_per_gpu * args.out_dim)
+    num_logits = args.batch_size_per_gpu * args.out_dim
+    args.head_impl, loss_function = choose_loss(
+        args.head_impl, device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
+    )
     objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)
     return convert_sync_batchnorm(Model(backbone, objective, args.precision))
 

@@ -211,6 +211,9 @@ class Objective(nn.Module):
     def start_epoch(self):
         """Statistics kept over an epoch begin anew."""
 
+    def before_save(self):
+        """Called on all processes before the first of them writes a checkpoint."""
+
     def statistics(self, features, averages):
         """Named numbers for a logged line. features: (N, D), one view of this step's images; averages: {name: mean}
         of the loss and its terms since the last line. May wait for the device."""

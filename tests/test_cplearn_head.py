@@ -14,12 +14,11 @@ from cplearn_head import (
     cplearn_loss,
     loss_lower_bound,
     nearest_code,
-    pack_codes,
     prior_floor,
-    rademacher_codes,
-    unpack_codes,
     within_code_variance,
 )
+from dictionary import rademacher_codes
+from fused_loss import fused_cplearn_loss
 from utils import UserError, all_reduce_mean
 
 B, D, F, K = 12, 20, 24, 37
@@ -179,6 +178,39 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior):
             np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
+def step_with_sharded_codes(rank, prior, dictionary, num_codes):
+    torch.manual_seed(5)
+    head = CPLearnHead(D, num_codes, F, shard=(rank, 2), dictionary=dictionary).double()
+    objective = CPLearn(head, 0.3, prior, loss_function=fused_cplearn_loss)
+    wrapped = DistributedDataParallel(objective, broadcast_buffers=False)
+    views = [x[rank * B : (rank + 1) * B] for x in joined_batch(3)]
+    loss, _ = wrapped(views)
+    loss.backward()
+    statistics = objective.statistics(joined_batch(3)[0], {"loss": 0.0, "invariance": 0.0})
+    objective.before_save()
+    state = [loss.detach(), objective.usage, objective.counts, *(p.grad for p in objective.parameters())]
+    return [t.double().numpy() for t in state], {k: v for k, v in statistics.items() if k != "gap"}
+
+
+@pytest.mark.parametrize(
+    ("prior", "dictionary", "num_codes"),
+    [("kl", "rademacher", 128), ("ce", "rademacher", 64), ("kl", "hadamard", 96)],
+)
+def test_codes_shared_by_two_processes_equal_one_process(run_in_processes, prior, dictionary, num_codes):
+    torch.manual_seed(5)
+    one = CPLearn(CPLearnHead(D, num_codes, F, dictionary=dictionary).double(), 0.3, prior)
+    loss, _ = one(joined_batch(3))
+    loss.backward()
+    expected = [loss.detach(), one.usage, one.counts, *(p.grad for p in one.parameters())]
+    expected_statistics = one.statistics(joined_batch(3)[0], {"loss": 0.0, "invariance": 0.0})
+    for state, statistics in run_in_processes(step_with_sharded_codes, prior, dictionary, num_codes):
+        for i, (got, want) in enumerate(zip(state, expected, strict=True)):
+            tolerance = 1e-5 if i == 1 else 1e-10  # usage is a float32 statistic
+            np.testing.assert_allclose(got, want.double().numpy(), rtol=tolerance, atol=tolerance)
+        for name, value in statistics.items():
+            assert value == pytest.approx(expected_statistics[name], rel=1e-5), name
+
+
 def test_local_prior_is_another_objective(run_in_processes):
     local = run_in_processes(step_on_a_share, "kl", "local")[0]
     joined = run_in_processes(step_on_a_share, "kl", "global")[0]
@@ -238,42 +270,7 @@ def test_prior_floor_is_that_of_distinct_hard_codes():
     assert prior_floor(16, 128) == 0
 
 
-# ---- the dictionary and the checkpoint -------------------------------------------------------------------------------
-
-
-def test_codes_are_what_they_always_were():
-    """Known answers: a checkpoint that holds only the seed must find the same dictionary in every version."""
-    codes = rademacher_codes(3, 70, seed=5)
-    assert pack_codes(codes).tolist() == KNOWN_BITS
-    assert torch.equal(rademacher_codes(3, 200, seed=5)[:, :70], codes)  # a part does not depend on the whole
-    assert torch.equal(rademacher_codes(9, 70, seed=5)[:3], codes)
-    assert not torch.equal(rademacher_codes(3, 70, seed=6), codes)
-
-
-KNOWN_BITS = [
-    [84, 120, 215, 154, 156, 224, 156, 53, 17],
-    [86, 246, 166, 7, 78, 225, 55, 220, 43],
-    [158, 214, 11, 124, 197, 8, 178, 165, 63],
-]
-
-
-def test_codes_are_fair_and_uncorrelated():
-    codes = rademacher_codes(256, 4096).double()
-    assert set(codes.unique().tolist()) == {-1.0, 1.0}
-    assert abs(codes.mean()) < 4 / math.sqrt(codes.numel())
-    for gram, length in ((codes.T @ codes, 256), (codes @ codes.T, 4096)):
-        off = gram[~torch.eye(len(gram), dtype=bool)] / math.sqrt(length)
-        assert abs(off.mean()) < 0.02 and off.std() == pytest.approx(1, abs=0.02)  # Eq. 5: variance 1 / F
-
-
-@pytest.mark.parametrize("num_codes", [1, 7, 8, 9, 64, 131])
-def test_packing_and_back(num_codes):
-    codes = rademacher_codes(5, num_codes)
-    packed = pack_codes(codes)
-    assert packed.shape == (5, math.ceil(num_codes / 8)) and packed.dtype == torch.uint8
-    assert torch.equal(unpack_codes(packed, num_codes), codes)
-    k = num_codes - 1
-    assert bool((packed[2, k // 8] >> (k % 8)) & 1) == (codes[2, k] > 0)
+# ---- the checkpoint -------------------------------------------------------------------------------
 
 
 def test_state_dict_holds_bits_and_restores_every_logit():
@@ -288,12 +285,47 @@ def test_state_dict_holds_bits_and_restores_every_logit():
     assert torch.equal(head.assign(x), other.assign(x))
 
 
-def test_paper_sized_dictionary_is_4_megabytes():
+@pytest.mark.parametrize("storage", ["int8", "bits", "seed"])
+def test_every_storage_gives_the_same_logits_and_loads_every_other(storage):
+    torch.manual_seed(7)
+    x = torch.randn(B, D)
+    first = CPLearnHead(D, 131, F, seed=1).eval()
+    state = CPLearnHead(D, 131, F, seed=1, storage=storage).state_dict() | {
+        k: v for k, v in first.state_dict().items() if k not in ("codes", "seed")
+    }
+    assert ("codes" in state) == (storage != "seed")
+    for other in ("int8", "bits", "seed"):
+        head = CPLearnHead(D, 131, F, seed=2, storage=other).eval()
+        head.load_state_dict(state)
+        assert torch.equal(head.logits(head(x)), first.logits(first(x)))
+        assert torch.equal(head.assign(x), first.assign(x))
+
+
+def test_a_head_is_built_from_what_its_state_dict_tells():
+    for settings in ({}, {"storage": "seed"}, {"dictionary": "hadamard"}):
+        head = CPLearnHead(D, 131, F, "tanh", seed=3, **settings).eval()
+        other = CPLearnHead.of_state(D, head.state_dict(), "tanh").eval()
+        other.load_state_dict(head.state_dict())
+        assert other.dictionary.kind == head.dictionary.kind
+        x = torch.randn(B, D)
+        assert torch.equal(head.logits(head(x)), other.logits(other(x)))
+
+
+def test_dictionaries_of_two_kinds_are_not_mixed_up():
+    state = CPLearnHead(D, 128, F, dictionary="hadamard").state_dict()
+    with pytest.raises(RuntimeError, match="hadamard, K 128 in the file; rademacher"):
+        CPLearnHead(D, 128, F).load_state_dict(state)
+
+
+@pytest.mark.parametrize("storage", ["bits", "seed"])
+def test_paper_sized_dictionary_takes_at_most_4_megabytes_in_a_file(tmp_path, storage):
     """F = 2048, K = 16384 takes 134 MB in the paper's Table 8."""
-    assert pack_codes(rademacher_codes(2048, 16384)).numel() <= 4.2e6
+    head = CPLearnHead(8, 16384, 2048, storage=storage)
+    torch.save({k: v for k, v in head.state_dict().items() if k in ("codes", "seed", "scale")}, tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size <= 4.2e6
 
 
-@pytest.mark.parametrize(("name", "value"), [("codes", None), ("scale", None), ("out_dim", 132)])
+@pytest.mark.parametrize(("name", "value"), [("seed", None), ("scale", None), ("out_dim", 132)])
 def test_head_of_another_shape_is_refused(name, value):
     state = CPLearnHead(D, 131, F).state_dict()
     if name != "out_dim":

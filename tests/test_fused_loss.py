@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cplearn_head import code_temperature, cplearn_loss, rademacher_codes
-from fused_loss import default_tile, fused_cplearn_loss
+from fused_loss import fused_cplearn_loss
+from tiles import default_tile
 from utils import all_reduce_mean
 
 B, DIM, K, TILE = 12, 24, 1001, 64  # 15 whole tiles and one of 41 codes
@@ -114,10 +115,11 @@ def test_terms_are_those_of_the_definition_and_carry_no_gradient():
     views = [h.requires_grad_() for h in views]
     _, expected = cplearn_loss(views, codes, tau)
     _, terms = fused_cplearn_loss(views, codes, tau, tile=TILE)
-    assert terms.keys() == expected.keys()
-    for name, term in terms.items():
+    assert terms.keys() == {*expected, "assignment"}
+    for name, value in expected.items():
+        term = terms[name]
         assert not term.requires_grad
-        assert term.item() == pytest.approx(expected[name].item(), rel=1e-10)
+        assert term.item() == pytest.approx(value.item(), rel=1e-10)
 
 
 # ---- float32 and bfloat16 --------------------------------------------------------------------------------------------
@@ -264,10 +266,10 @@ def test_reduce_mean_is_called_once_for_each_global_view(num_global, needed):
 
 
 def test_default_tile():
-    assert default_tile(2 * 64) == 2048
-    assert default_tile(2 * 256) == 512
-    assert default_tile(2) == 4096
-    assert default_tile(10**7) == 128
+    assert default_tile(2 * 64, 384, BFLOAT16) == 8192
+    assert default_tile(2 * 64, 384, torch.float32) == 4096
+    assert default_tile(2 * 256, 384, BFLOAT16) == 2048
+    assert default_tile(10**7, 384, BFLOAT16) == 128
 
 
 @pytest.mark.parametrize("bad", ["prior", "shape", "one view", "half", "mixed", "bf16 of float64", "tile"])

@@ -1,0 +1,240 @@
+"""A dictionary of Hadamard blocks, and CPLearn's passes over it by fast transforms: no F x K matrix is ever made.
+
+    W = [W_1 .. W_n],   W_b = diag(signs_b) H    (F, F): -1 and +1      H H^T = F I, signs_b random, the last block cut
+    h W_b   = (h * signs_b) H                    a transform: about log2(F) additions per logit in place of F
+    W_b a   = signs_b * (H a)                    the same, transposed
+
+Codes of one block are exactly orthogonal, as Theorem 1 of the paper assumes; with K = F, W^T W = F I. H is a Kronecker
+product of a matrix of order 1, 12, 20 or 28 with Sylvester's of a power of two; its first row is ones.
+
+The transforms are hadamard.cpp, for CPUs and float32, compiled at their first use. Elsewhere, and without a compiler,
+the blocks are written out tile by tile and multiplied as any other dictionary.
+
+    G views of B images to weigh, R rows of any images      F head width, K codes, n blocks
+"""
+
+import ctypes
+import functools
+import math
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dictionary import WORD, Dictionary, rademacher_codes
+from tiles import Slope, Tiles
+
+PALEY_PRIMES = {12: 11, 20: 19, 28: 13}  # order 28 by the second construction: 2 (13 + 1)
+COMPILE = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+SIGNS_STREAM = 0x48414441  # the blocks' signs are not the first rows of a Rademacher dictionary of the same seed
+
+
+# ---- the matrix ------------------------------------------------------------------------------------------------------
+
+
+def hadamard_matrix(order):
+    """H (order, order) int8 of -1 and +1 with H H^T = order * I, its first row ones.
+
+    order: 2^m times 1, 12, 20 or 28. Raises ValueError for any other, and names the nearest two.
+    Sylvester's construction, and Paley's for 12, 20 and 28 (J. Math. Phys. 12, 1933).
+    """
+    base = base_order(order)
+    matrix = np.ones((1, 1), dtype=np.int8) if base == 1 else _paley(base)
+    sylvester = np.ones((1, 1), dtype=np.int8)
+    while len(sylvester) < order // base:
+        sylvester = np.kron(np.array([[1, 1], [1, -1]], dtype=np.int8), sylvester)
+    return torch.from_numpy(np.kron(matrix, sylvester))
+
+
+def base_order(order):
+    """1, 12, 20 or 28: what Sylvester's construction leaves of `order`. Raises ValueError as `hadamard_matrix`."""
+    known = {base * 2**m: base for base in (1, *PALEY_PRIMES) for m in range(24)}
+    if order not in known:
+        below, above = max(n for n in (1, *known) if n <= max(order, 1)), min(n for n in known if n > order)
+        raise ValueError(f"no Hadamard matrix of order {order} here; the nearest orders are {below} and {above}")
+    return known[order]
+
+
+def _paley(order):
+    prime = PALEY_PRIMES[order]
+    squares = {i * i % prime for i in range(1, prime)}
+    residue = np.array([0] + [1 if i in squares else -1 for i in range(1, prime)])  # Legendre's symbol
+    conference = np.zeros((prime + 1, prime + 1), dtype=int)
+    conference[1:, 1:] = residue[np.subtract.outer(range(prime), range(prime)) % prime]
+    conference[0, 1:] = 1
+    if order == prime + 1:  # prime = 3 mod 4: conference is skew
+        conference[1:, 0] = -1
+        matrix = conference + np.eye(order, dtype=int)
+    else:  # prime = 1 mod 4: symmetric
+        conference[1:, 0] = 1
+        matrix = np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(prime + 1, dtype=int), [[1, -1], [-1, -1]])
+    return (matrix * matrix[0]).astype(np.int8)
+
+
+def block_signs(dim, num_blocks, seed=0, first_block=0):
+    """(num_blocks, dim) int8 of -1 and +1, of blocks first_block and on: a pure function of its arguments.
+
+    The hash of (seed, row, block) that gives `rademacher_codes`, of which a block takes one code.
+    """
+    before = first_block % WORD
+    columns = rademacher_codes(dim, before + num_blocks, seed ^ SIGNS_STREAM, first_block - before)
+    return columns[:, before:].T.contiguous()
+
+
+# ---- the dictionary --------------------------------------------------------------------------------------------------
+
+
+class HadamardDictionary(Dictionary):
+    """Blocks of F codes, each a Hadamard matrix whose rows have random signs: `Dictionary`, but for what it keeps.
+
+    data: the signs, (n, F) int8, one per code. storage has no other form of them: only its default is accepted.
+    shard: more than one needs K divisible by F x shards.
+    """
+
+    kind = "hadamard"
+
+    def __init__(self, dim, num_codes, seed=0, storage="int8", shard=(0, 1)):
+        base_order(dim)
+        if storage != "int8":
+            raise ValueError(f"storage is {storage!r}; a Hadamard dictionary keeps one int8 per code, and has no other")
+        super().__init__(dim, num_codes, seed, storage, shard)
+
+    @staticmethod
+    def indivisible(dim):
+        return dim
+
+    def fill(self, packed=None):
+        dim, num_codes = self.shape
+        self.data = block_signs(dim, math.ceil(num_codes / dim), self.seed, self.first // dim).to(self.device)
+
+    def tile(self, start, stop):
+        return self.columns(torch.arange(start, stop, device=self.device))
+
+    def columns(self, index):
+        dim = self.shape[0]
+        return self.data[index // dim].T * _matrix_on(self.device, dim)[:, index % dim]
+
+    def packed(self):
+        return None  # the seed says it all
+
+
+@functools.lru_cache(maxsize=4)
+def _matrix_on(device, order):
+    return hadamard_matrix(order).to(device)
+
+
+# ---- the two passes of the loss --------------------------------------------------------------------------------------
+
+
+class HadamardTransforms(Tiles):
+    """`Tiles`, whose shares of the codes are whole blocks and go to hadamard.cpp at once; float32 on a CPU."""
+
+    def __init__(self, codes, num_rows):
+        super().__init__(codes, torch.float32, num_rows, tile=codes.shape[0])  # so that shares are whole blocks
+
+    @staticmethod
+    def can_run(codes, dtype):
+        return dtype == torch.float32 and codes.device.type == "cpu" and _library() is not None
+
+    def _blocks(self, starts):
+        """(signs, number of codes) of a share."""
+        dim, num_codes = self.codes.shape
+        return self.codes.data[starts[0] // dim : starts[-1] // dim + 1], min(starts[-1] + dim, num_codes) - starts[0]
+
+    def _statistics_of_share(self, starts, rows):
+        top, total, centers, best = statistics(rows, *self._blocks(starts))
+        return top, total, centers, starts[0] + best
+
+    def _gradient_of_share(self, starts, rows, top, total, offset, slope, agreement):
+        signs, num_codes = self._blocks(starts)
+        if torch.is_tensor(slope):
+            slope = slope[:, starts[0] : starts[0] + num_codes]
+        per_row = (x.squeeze(2) for x in (top, total, offset))
+        means, product, mass = gradient(rows, signs, num_codes, *per_row, slope, agreement)
+        return means, None if slope is None else product.flatten(0, 1).T, mass
+
+
+def statistics(rows, signs, num_codes):
+    """`Tiles.statistics` of these blocks. rows: (R, F).  signs: (n, F).  num_codes <= n F; the last may be cut."""
+    top, total, centers = rows.new_empty(len(rows)), rows.new_empty(len(rows)), rows.new_empty(rows.shape)
+    best = torch.empty(len(rows), dtype=torch.int32)
+    _library().statistics(_Dictionary(signs, num_codes), _floats(rows), len(rows), top, total, centers, best)
+    return top, total, centers, best.long()
+
+
+def gradient(rows, signs, num_codes, top, total, offset, slope, agreement):
+    """`Tiles.gradient` of these blocks. rows: (G, B, F), or one view more, the sum of the local ones."""
+    views, batch_size = top.shape
+    means = rows.new_empty(views, num_codes)
+    product = mass = None
+    if slope is not None:
+        product, mass = rows.new_empty(views, *rows.shape[1:]), rows.new_empty(views, batch_size)
+    arguments = [_Dictionary(signs, num_codes), _Slope(slope), views, len(rows), batch_size]
+    arguments += [_floats(x) for x in (rows, top, total, offset)]
+    _library().gradient(*arguments, agreement, means, product, mass)
+    return means, product, mass
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+class _Dictionary(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("dim", "num_codes", "base_order")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("base", "base_transposed", "signs")]
+
+    def __init__(self, signs, num_codes):
+        order = base_order(signs.shape[1])
+        base = hadamard_matrix(order)
+        self.arrays = [_floats(x) for x in (base, base.T, signs)]  # alive as long as what points to them
+        super().__init__(signs.shape[1], num_codes, order, *(x.data_ptr() for x in self.arrays))
+
+
+class _Slope(ctypes.Structure):
+    _fields_ = [("given", ctypes.c_void_p), ("scale", ctypes.c_float), ("all_codes", ctypes.c_float)]
+    _fields_ += [("is_ce", ctypes.c_int32)]
+
+    def __init__(self, slope):
+        if isinstance(slope, Slope):
+            super().__init__(None, slope.scale, slope.num_codes, slope.prior == "ce")
+        elif slope is not None:
+            self.array = _floats(slope)
+            super().__init__(self.array.data_ptr())
+
+
+class _Array:
+    """A tensor as a C function's argument; None is a null pointer."""
+
+    @staticmethod
+    def from_param(x):
+        if x is not None and not (x.is_contiguous() and x.dtype in (torch.float32, torch.int32)):
+            raise TypeError(f"{x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}; expected rows of 32 bits")
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _floats(x):
+    return x.detach().to(torch.float32).contiguous()
+
+
+@functools.cache
+def _library():
+    """hadamard.cpp compiled for this machine, in two seconds once a process; None and a warning where that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "hadamard.so"
+        command = [os.environ.get("CXX", "g++"), *COMPILE, str(Path(__file__).with_suffix(".cpp")), "-o", str(output)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            warnings.warn(f"Hadamard transforms run several times slower: {command[0]} failed: {reason}", stacklevel=2)
+            return None
+        library = ctypes.CDLL(str(output))
+    size, real = ctypes.c_int64, ctypes.c_float
+    library.statistics.argtypes = [ctypes.POINTER(_Dictionary), _Array, size] + [_Array] * 4
+    library.gradient.argtypes = [ctypes.POINTER(_Dictionary), ctypes.POINTER(_Slope)] + [size] * 3
+    library.gradient.argtypes += [_Array] * 4 + [real] + [_Array] * 3
+    library.statistics.restype = library.gradient.restype = None
+    return library

@@ -1,0 +1,359 @@
+"""The two passes of `fused_loss` over a dictionary, by matrix products on tiles of codes.
+
+Any device; made for CPUs: a tile of codes and its logits stay in a core's cache, what stands between the products is
+compiled by torch.compile where there is a compiler, and each thread takes a share of the codes.
+
+    G views of B images to weigh, R rows of any images      F head width, K codes, T codes in a tile
+"""
+
+import functools
+import math
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+TILE_LOGITS = 2**20
+TILE_BYTES = 2**23  # of a tile of codes
+LARGE = 2**23  # logits in all, from which compiling (seconds, once a process) and threads pay
+
+
+class Slope(NamedTuple):
+    """scale times the derivative of a prior in each pbar_k: log(K pbar) + 1 for "kl", -1 / (K pbar) for "ce".
+
+    num_codes: K of the whole dictionary, also where a pass sees only a part of it.
+    Where a float has lost the probability: the derivative at the smallest number for "kl", and 0 for "ce".
+    """
+
+    prior: str
+    num_codes: int
+    scale: float
+
+    def __call__(self, mean):
+        smallest = 2 * torch.finfo(mean.dtype).tiny  # 1 / (K pbar) must not overflow
+        if self.prior == "kl":
+            return self.scale * (mean.clamp_min(smallest).log() + (math.log(self.num_codes) + 1))
+        return torch.where(mean > smallest, -self.scale / (self.num_codes * mean.clamp_min(smallest)), 0.0)
+
+
+class Tiles:
+    """Both passes over the codes that this process holds.
+
+    codes: a Dictionary.  compute_dtype: of the products. torch.bfloat16 rounds what enters and leaves them; torch.int8
+    takes rows as 16-bit integers, so that logits are exact, and bfloat16 for the products of weights and codes.
+    num_rows: R of the larger pass, from which the default of tile is chosen.
+    """
+
+    def __init__(self, codes, compute_dtype, num_rows, tile=None):
+        self.codes, self.compute_dtype = codes, compute_dtype
+        self.tile = min(tile or default_tile(num_rows, codes.shape[0], compute_dtype), codes.shape[1])
+        large = codes.device.type == "cpu" and num_rows * codes.shape[1] >= LARGE
+        self.shares = self._shares(torch.get_num_threads() if large else 1)
+        self.compiled = large and have_compiler()
+
+    def round(self, rows):
+        """rows (.., F) as both passes see them, in rows' dtype."""
+        if self.compute_dtype != torch.int8:
+            return rows.to(self.compute_dtype).to(rows.dtype)
+        high, low, scale = split_rows(rows)
+        return (high.to(rows.dtype) * 256 + low.to(rows.dtype)) * scale
+
+    def statistics(self, rows):
+        """What the loss must know of each row's logits s = rows @ W, from one pass with an online maximum.
+
+        rows: (R, F), temperature included, as `round` gives them.
+        Returns top = max_k s (R,), total = sum_k exp(s - top) (R,), centers = sum_k exp(s - top) w_k (R, F) and
+        best = argmax_k s (R,) int64.
+        """
+        return merge(self._in_threads(self._statistics_of_share, rows))
+
+    def gradient(self, rows, top, total, slope=None, agreement=0.0, offset=None, local=None):
+        """Mean probabilities, and the targets' side of the gradient.
+
+            p[a,i,k] = exp(s_a[i,k] - top[a,i]) / total[a,i]                pbar_a[k] = mean_i p[a,i,k]
+            A[a,i,k] = p[a,i,k] (slope_a[k] - agreement * (sum over v != a of s_v[i,k]) - offset[a,i])
+
+        rows: (G, B, F).  local: (B, F), the local views' sum, which counts among the views v; or None.
+        top, total: (G, B), of the whole dictionary.
+        slope: (G, K); or a `Slope`, taken at the pbar just found; or None: pbar alone.
+        offset: (G, B). It changes nothing in sum_k A (w_k - m), but with a guess of the mean of the rest under p both
+            parts of that stay small, and so their rounding errors.
+        Returns pbar (G, K), sum_k A w_k (G, B, F), sum_k A (G, B); the last two are None without a slope.
+        """
+        rows = rows if local is None else torch.cat([rows, local[None]])
+        per_row = [x[..., None] for x in (top, total, torch.zeros_like(top) if offset is None else offset)]
+        parts = self._in_threads(self._gradient_of_share, rows, *per_row, slope, agreement)
+        means = torch.cat([part[0] for part in parts], dim=1)
+        if slope is None:
+            return means, None, None
+        product, mass = (functools.reduce(torch.add, column) for column in list(zip(*parts, strict=True))[1:])
+        return means, product.T.view(*top.shape, -1), mass
+
+    def _in_threads(self, work, *args):
+        """[work(share, *args)] of all shares of the codes, at the same time."""
+        if len(self.shares) == 1:
+            return [work(self.shares[0], *args)]
+        return list(workers(len(self.shares)).map(lambda share: work(share, *args), self.shares))
+
+    def _shares(self, num_threads):
+        starts = range(0, self.codes.shape[1], self.tile)
+        num_shares = min(num_threads, len(starts))
+        return [starts[i * len(starts) // num_shares : (i + 1) * len(starts) // num_shares] for i in range(num_shares)]
+
+    @torch.no_grad()
+    def _statistics_of_share(self, starts, rows):
+        products = make_products(self.codes, self.compute_dtype, rows, self.tile)
+        top = rows.new_full((len(rows), 1), -math.inf)
+        total, centers = torch.zeros_like(top), torch.zeros_like(rows.T)
+        best = torch.zeros_like(top, dtype=torch.int64)
+        shift = torch.zeros_like(top)
+        for start in starts:
+            raw = products.logits(start, shift)
+            e, sum_e, new_top, highest, where, of_highest = self._run(
+                softmax_tile, raw, shift, products.scale, rows, products.codes, top
+            )
+            best = torch.where(highest > top, start + where, best)
+            shrink = (top - new_top).exp_()
+            total = total.mul_(shrink).add_(sum_e)
+            products.add_product(centers.mul_(shrink.T), e)
+            centers += of_highest
+            top = new_top
+            shift = products.shift(top)
+        return top.squeeze(1), total.squeeze(1), centers.T, best.squeeze(1)
+
+    @torch.no_grad()
+    def _gradient_of_share(self, starts, rows, top, total, offset, slope, agreement):
+        products = make_products(self.codes, self.compute_dtype, rows.flatten(0, 1), self.tile)
+        stop = min(starts[-1] + self.tile, self.codes.shape[1])
+        means = rows.new_empty(len(top), stop - starts[0])
+        product, mass = rows.new_zeros(rows.shape[2], top.numel()), torch.zeros_like(top).squeeze(2)
+        shift = products.shift(torch.cat([top, top.new_zeros(len(rows) - len(top), *top.shape[1:])]).flatten(0, 1))
+        for start in starts:
+            raw = products.logits(start, shift)
+            codes, first = products.codes, start - starts[0]
+            given = slope[:, start : start + codes.shape[1]] if torch.is_tensor(slope) else slope
+            mean, *of_tile = self._run(
+                gradient_tile, raw, shift, products.scale, codes, top, total, offset, given, agreement
+            )
+            means[:, first : first + codes.shape[1]] = mean
+            if slope is not None:
+                weights, sum_weights, of_likeliest = of_tile
+                products.add_product(product, weights)
+                product += of_likeliest
+                mass += sum_weights
+        return means, product, mass
+
+    def _run(self, body, raw, *args):
+        if self.compiled and raw.shape[1] == self.tile:  # the last tile may have another shape
+            return run_compiled(body, raw, *args)
+        return body(raw, *args)
+
+
+def default_tile(num_rows, dim, dtype):
+    """Codes in a tile: a power of two, 8192 for 2 views of 64 images, F 384 and bfloat16."""
+    size = torch.finfo(dtype).bits // 8 if dtype.is_floating_point else 2
+    return 2 ** round(math.log2(max(128, min(TILE_LOGITS / num_rows, TILE_BYTES / (dim * size)))))
+
+
+def merge(parts):
+    """[(top, total, centers, best)] of parts of the codes -> the same of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    tops, totals, centers, bests = (torch.stack(x) for x in zip(*parts, strict=True))
+    top, of_part = tops.max(dim=0)
+    scale = (tops - top).exp_()
+    best = bests.gather(0, of_part[None])[0]
+    return top, (totals * scale).sum(dim=0), (centers * scale[..., None]).sum(dim=0), best
+
+
+# ---- between the products --------------------------------------------------------------------------------------------
+
+
+# A peaked p, as late in training, is nearly all one code, and gradients are small differences between such p. So the
+# likeliest code of a tile stays out of its product, which may round to bfloat16, and is added for itself.
+
+
+def softmax_tile(raw, shift, scale, rows, codes, top):
+    """One tile of an online softmax: logits raw (R, T), codes (F, T), top (R, 1) so far.
+
+    Returns exp(s - new top) in codes' dtype (R, T), 0 at the highest; its sum with the highest, the new top, the tile's
+    highest logit (taken exactly), its place: (R, 1); and what its code adds to the centers (F, R).
+    """
+    s = to_logits(raw, shift, scale, rows.dtype)
+    where = argmax(s)
+    code = codes[:, where.squeeze(1)].to(rows.dtype)
+    highest = (rows * code.T).sum(dim=1, keepdim=True)
+    new_top = torch.maximum(top, highest)
+    e = without(exp(s - new_top), where).to(codes.dtype)
+    of_highest = (highest - new_top).exp()
+    sum_e = e.sum(dim=1, keepdim=True, dtype=rows.dtype) + of_highest
+    return e, sum_e, new_top, highest, where, code * of_highest.T
+
+
+def gradient_tile(raw, shift, scale, codes, top, total, offset, slope, agreement):
+    """One tile of `Tiles.gradient`: logits raw of G views, or G and one more.
+
+    Returns pbar (G, T); A (G B, T) in codes' dtype, 0 at the likeliest code; its sums with the likeliest (G, B); and
+    what the likeliest code adds to the product (F, G B).
+    """
+    s = to_logits(raw, shift, scale, top.dtype)
+    s = s.view(-1, top.shape[1], s.shape[1])  # (G, B, T), or G + 1
+    p = exp(s[: len(top)] - top) / total
+    mean = p.mean(dim=1)
+    if slope is None:
+        return (mean,)
+    slope = slope if isinstance(slope, torch.Tensor) else slope(mean)
+    others = s.sum(dim=0) - s[: len(top)]
+    weights = (p * (slope[:, None] - agreement * others - offset)).flatten(0, 1)
+    where = argmax(s[: len(top)].flatten(0, 1))
+    of_likeliest = weights.gather(1, where)
+    weights = without(weights, where).to(codes.dtype)
+    sums = weights.sum(dim=1, keepdim=True, dtype=top.dtype) + of_likeliest
+    return mean, weights, sums.view(top.shape[:2]), codes[:, where.squeeze(1)].to(top.dtype) * of_likeliest.T
+
+
+def without(x, where):
+    """x (R, T), 0 in each row's column where (R, 1)."""
+    return torch.where(torch.arange(x.shape[1], device=x.device) == where, 0, x)
+
+
+def to_logits(raw, shift, scale, dtype):
+    if raw.dtype != torch.int32:
+        return raw.to(dtype) + shift
+    high, low = raw.to(dtype).chunk(2)  # below 2^24, exact
+    return (high * 256 + low) * scale
+
+
+def argmax(s):
+    """argmax of each row of s (R, T), (R, 1) int64; first the best of T / 64 columns at a time, which vectorises."""
+    if s.shape[1] % 64:
+        return s.argmax(dim=1, keepdim=True)
+    grouped = s.unflatten(1, (64, -1))  # column j + i T / 64 at (i, j)
+    j = grouped.amax(dim=1).argmax(dim=1)
+    i = grouped[torch.arange(len(s), device=s.device), :, j].argmax(dim=1)
+    return (i * grouped.shape[2] + j)[:, None]
+
+
+def exp(x):
+    """exp, but nothing subnormal, which is slow, and of which a product with a small number might be one."""
+    return x.clamp(min=0.9 * math.log(torch.finfo(x.dtype).tiny)).exp()
+
+
+def run_compiled(body, raw, *args):
+    kind = body, raw.dtype, raw.shape
+    if kind in _compiled_kinds:
+        return _compiled(body)(raw, *args)
+    with _compiling:  # threads that ask at the same time would each compile the same
+        result = _compiled(body)(raw, *args)
+        _compiled_kinds.add(kind)
+        return result
+
+
+@functools.cache
+def _compiled(body):
+    # threads share the codes, not a tile
+    return torch.compile(body, dynamic=False, options={"cpp.threads": 1})
+
+
+_compiling, _compiled_kinds = threading.Lock(), set()
+
+
+@functools.cache
+def have_compiler():
+    """torch.compile needs a C++ compiler on a CPU; without one the same tiles run uncompiled, and slower."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+@functools.cache
+def workers(num_threads):
+    """Threads whose operations use one core each: many small operations shared among cores wait for one another."""
+    mine = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, "tiles", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: torch.zeros(1), range(num_threads)))
+    torch.set_num_threads(mine)  # the initialiser's number would hold for every thread made after it
+    return pool
+
+
+# ---- products with a tile of codes -----------------------------------------------------------------------------------
+
+
+class Products:
+    """rows (R, F) times one tile of codes after another, in float32 or float64."""
+
+    scale = None  # of integer logits
+
+    def __init__(self, codes, dtype, rows, tile):
+        self.dictionary, self.tile, self.rows = codes, tile, rows.to(dtype)
+        self.buffer = torch.empty(codes.shape[0], tile, dtype=dtype, device=rows.device)
+        self.codes = None  # (F, T) of the tile at hand
+
+    def shift(self, top):
+        """What `logits` subtracts from rows whose highest logit, so far, is top (R, 1)."""
+        return torch.zeros_like(top)
+
+    def logits(self, start, shift):
+        """Those of the tile that begins at code `start`, less shift (R, 1): (R, T)."""
+        return self.rows @ self.load(start)
+
+    def load(self, start):
+        self.int8 = self.dictionary.tile(start, min(start + self.tile, self.dictionary.shape[1]))
+        self.codes = self.buffer[: len(self.int8), : self.int8.shape[1]].copy_(self.int8)
+        return self.codes
+
+    def add_product(self, total, weights):
+        """total (F, n) += codes @ weights (n, T)^T, a product of bfloat16 to a float32 total."""
+        if self.codes.dtype == total.dtype:
+            total.addmm_(self.codes, weights.T)
+        else:
+            total += self.codes @ weights.T
+
+
+class Bfloat16Products(Products):
+    """A product rounds its result to 8 bits: of s - shift, which is small where p is large, and not of s.
+
+    The product subtracts by itself: rows have -shift beside them, and codes have ones below them."""
+
+    SHIFT_ROWS = 16  # one does the work, the others keep the product aligned
+
+    def __init__(self, codes, dtype, rows, tile):
+        super().__init__(codes, dtype, rows, tile)
+        dim = codes.shape[0]
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(len(rows), self.SHIFT_ROWS)], dim=1)
+        self.buffer = self.buffer.new_ones(dim + self.SHIFT_ROWS, tile)
+
+    def shift(self, top):
+        return top.to(self.rows.dtype).to(top.dtype)
+
+    def logits(self, start, shift):
+        codes = self.load(start)
+        self.rows[:, len(codes)] = -shift.squeeze(1)
+        return self.rows @ self.buffer[:, : codes.shape[1]]
+
+
+class IntegerProducts(Products):
+    """Logits by int8 products, exact in int32: rows are 256 high + low, two int8 each, times a scale."""
+
+    def __init__(self, codes, dtype, rows, tile):
+        super().__init__(codes, torch.bfloat16, rows, tile)
+        high, low, self.scale = split_rows(rows)
+        self.rows = torch.cat([high, low])
+
+    def logits(self, start, shift):
+        self.load(start)
+        return torch._int_mm(self.rows, self.int8)  # high above low: (2R, T) int32
+
+
+def split_rows(rows):
+    """rows (.., F) -> high, low int8, scale (.., 1): rows = (256 high + low) scale, to 15 bits of a row's largest."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / (127 * 256)
+    whole = (rows / scale).round()
+    low = (whole + 128) % 256 - 128
+    return ((whole - low) / 256).to(torch.int8), low.to(torch.int8), scale
+
+
+def make_products(codes, dtype, rows, tile):
+    products = {torch.bfloat16: Bfloat16Products, torch.int8: IntegerProducts}.get(dtype, Products)
+    return products(codes, dtype, rows, tile)
