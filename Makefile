@@ -1,4 +1,4 @@
-# make demo | test | lint | help.  Everything is installed into .venv; nothing else on the machine is changed, except that
+# make demo | test | gpu | lint | help.  Everything is installed into .venv; nothing else on the machine is changed, except that
 # `make demo` run by root installs Debian's package of Fashion-MNIST, and python3-venv where it is missing.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ APT := apt-get -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends install
 DEMO_FLAGS := --dataset fashion_mnist --augmentation dino --arch resnet8 --width 64 --out_dim 1024 --beta 0.5 \
 	--batch_size_per_gpu 128 --lr 4e-3 --warmup_epochs 0.2 --max_steps 600
 
-.PHONY: help demo test lint format data clean
+.PHONY: help demo test gpu lint format data clean
 
 help: ## show what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -23,6 +23,10 @@ demo: $(VENV)/.run data ## pretrain on Fashion-MNIST for about five minutes on t
 
 test: $(VENV)/.dev data ## install what the tests need and run them
 	$(RUN) -m pytest
+
+gpu: $(VENV)/.dev ## on a GPU: test the CUDA kernels, then time them beside the other forms of the loss
+	$(RUN) -m pytest tests/test_triton_loss.py tests/test_main_cplearn.py -m "not slow" -k gpu -rs
+	$(RUN) -m benchmarks.head --device cuda --num_codes 16384 131072 1048576 --output head_gpu.json --plot head_gpu.png
 
 lint: $(VENV)/.dev ## ruff: style, imports, likely mistakes
 	$(VENV)/bin/ruff check .

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dictionary import Dictionary, pack_codes, rademacher_codes, unpack_codes  # noqa: F401
-from fused_loss import PRIORS, check_loss_inputs, fused_cplearn_loss, highest_over_processes, prior_loss  # noqa: F401
+from fused_loss import check_loss_inputs, fused_cplearn_loss, highest_over_processes, prior_loss
 from hadamard import HadamardDictionary
 from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
@@ -200,9 +200,9 @@ class CPLearn(Objective):
             loss, terms = self.loss_function(
                 views, self.head.dictionary, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
             )
-        # the dense form, which is the definition, does not say: one more product of B x F x K
-        assignment = terms.pop("assignment", None)
-        self._count(nearest_code(views[0].detach(), self.head.dictionary) if assignment is None else assignment)
+        assignment = terms.pop("assignment", None)  # of this process's images, where the loss has found it
+        codes = self._nearest_of_all(views[0].detach()) if assignment is None else all_gather_rows(assignment)
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
         return loss, terms
 
     def _mean_over_processes(self, local_mean, batch_size):
@@ -215,9 +215,11 @@ class CPLearn(Objective):
         self.usage[held] += mean.detach() * (num_images / self.num_global)
         return mean
 
-    def _count(self, assignment):
-        codes = all_gather_rows(assignment)  # (N,)
-        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
+    def _nearest_of_all(self, h):
+        """argmax_k of the logits of all processes' images, (N,): one more product of B x F x K."""
+        if self.head.dictionary.sharded:
+            return nearest_code(all_gather_rows(h), self.head.dictionary)
+        return all_gather_rows(nearest_code(h, self.head.dictionary))
 
     def before_save(self):
         """With sharded codes each process has the usage of its own, until now."""

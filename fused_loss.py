@@ -176,7 +176,8 @@ class _Loss:
         p = exp(s - top) / total, not exp(s - lse): logits of several hundred would lose digits of lse."""
         top, total, centers, best = self.engine.statistics(self.rows.flatten(0, 1))
         if self.sharded:
-            top, total, centers, best = merge_over_processes(top, total, centers, self.first + best)
+            best = None if best is None else self.first + best
+            top, total, centers, best = merge_over_processes(top, total, centers, best)
         shape = self.rows.shape[:2]
         self.top, self.total, self.lse = top.view(shape), total.view(shape), (top + total.log()).view(shape)
         self.centers = (centers / total[:, None]).view_as(self.rows)
@@ -254,7 +255,7 @@ def merge_over_processes(top, total, centers, best):
     total, centers = total * scale, centers * scale[:, None]
     dist.all_reduce(total)
     dist.all_reduce(centers)
-    return highest, total, centers, highest_over_processes(top, best)
+    return highest, total, centers, None if best is None else highest_over_processes(top, best)
 
 
 def highest_over_processes(score, index):

@@ -1,15 +1,18 @@
 """Time, memory and accuracy of CPLearn's loss, forward and backward, in each form it is written in.
 
     python -m benchmarks.head                                     # B = 64, F = 384, K = 131072
-    python -m benchmarks.head --num_codes 1048576 --repeats 3
+    python -m benchmarks.head --num_codes 16384 131072 1048576 --plot head.png --output head.json
+    python -m benchmarks.head --device cuda --forms dense triton  # on a GPU, with Triton's kernels
 
-Times are medians of interleaved repeats in one process, ratios are of those medians. Peak extra memory is measured in a
-process of its own for each form, above what embeddings and dictionary take. Gradient errors are against float64: the
-largest error of an entry, relative to the largest entry; "peaked" embeddings lie near a code, as late in training.
-Prints a table in markdown and writes everything, with versions, as JSON.
+On a CPU: times are medians of interleaved repeats in one process, ratios are of medians of CPU time, and peak extra memory
+is measured in a process of its own for each form, above what embeddings and dictionary take. On a GPU: time between
+events, and what the allocator had at its peak. Gradient errors are against float64: the largest error of an entry,
+relative to the largest entry; "peaked" embeddings lie near a code, as late in training. Prints a table in markdown.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import platform
@@ -20,11 +23,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import matplotlib
 import torch
 from torch.nn import functional as F
 
-from cplearn_head import code_temperature, cplearn_loss, prior_loss
-from fused_loss import fused_cplearn_loss
+from cplearn_head import code_temperature, cplearn_loss
+from dictionary import STORAGES, Dictionary
+from fused_loss import fused_cplearn_loss, prior_loss
+from hadamard import HadamardDictionary, base_order
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 BASELINE = "authors' form, fp32"
 
@@ -33,7 +42,7 @@ def get_parser():
     parser = argparse.ArgumentParser("benchmarks.head", description=__doc__.split("\n")[0])
     parser.add_argument("--batch_size", type=int, default=64, help="images (default 64)")
     parser.add_argument("--dim", type=int, default=384, help="head width F (default 384)")
-    parser.add_argument("--num_codes", type=int, default=131072, help="K (default 131072)")
+    parser.add_argument("--num_codes", type=int, nargs="+", default=[131072], help="K, one or more (default 131072)")
     parser.add_argument("--views", type=int, default=2, help="views, the first two global; the authors' form knows 2")
     parser.add_argument("--prior", default="kl", choices=("kl", "ce"))
     parser.add_argument("--tile", type=int, help="codes in a tile (default: chosen by the loss)")
@@ -41,7 +50,9 @@ def get_parser():
     parser.add_argument("--threads", type=int, default=1, help="more than 1 makes CPU time a sum over threads")
     parser.add_argument("--forms", nargs="+", help="part of the forms' names; default all")
     parser.add_argument("--errors", action=argparse.BooleanOptionalAction, default=True, help="against float64")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, help="JSON file (default: none)")
+    parser.add_argument("--plot", type=Path, help="PNG of time and memory against K (default: none)")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)  # the process that measures one form's memory
     return parser
 
@@ -49,28 +60,36 @@ def get_parser():
 def main(args):
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(json.dumps(peak_extra_memory(args)))
+        print(json.dumps(peak_extra_memory(args, args.num_codes[0])))
         return
+    results = {num_codes: measure(args, num_codes) for num_codes in args.num_codes}
+    if args.output:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "memory_of"}
+        record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+def measure(args, num_codes):
+    """{form: {figure: number}}, printed as a table."""
     rows = {name: {} for name in chosen_forms(args)}
     for name in rows:
-        rows[name]["extra_mb"] = memory_in_own_process(name)
-    for name, times in measure_times(args).items():
+        rows[name]["extra_mb"] = memory_in_own_process(name, num_codes)
+    for name, times in measure_times(args, num_codes).items():
         rows[name] |= times
     if args.errors:
         for kind in ("random", "peaked"):
-            for name, error in gradient_errors(args, kind).items():
+            for name, error in gradient_errors(args, num_codes, kind).items():
                 rows[name][f"error_{kind}"] = error
     for row in rows.values():
         if BASELINE in rows:
             row["ratio"] = row["cpu_ms"] / rows[BASELINE]["cpu_ms"]
-    print(table(rows))
-    if args.output:
-        settings = {k: v for k, v in vars(args).items() if k not in ("output", "memory_of")}
-        record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "forms": rows}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"B {args.batch_size}, {args.views} views, F {args.dim}, K {num_codes}\n\n{table(rows)}\n", flush=True)
+    return rows
 
 
-# ---- the forms: each maps (views, codes int8, tau) to the loss -------------------------------------------------------
+# ---- the forms: each maps (views, codes, tau) to the loss; codes: one dictionary in all its storages ------------------
 
 
 def chosen_forms(args):
@@ -81,21 +100,50 @@ def chosen_forms(args):
 
 
 def all_forms(args):
-    tiled = partial(tiled_loss, prior=args.prior, tile=args.tile)
-    return {
-        BASELINE: partial(authors_loss, prior=args.prior),
+    """{name: (kind of dictionary, storage, loss)}"""
+    dense = {
         "dense, fp32": partial(dense_loss, prior=args.prior),
         "dense, bf16 autocast": partial(autocast_loss, prior=args.prior),
         "dense, bf16 products": partial(bf16_products_loss, prior=args.prior),
-        "tiled, fp32": partial(tiled, compute_dtype=torch.float32),
-        "tiled, bf16": partial(tiled, compute_dtype=torch.bfloat16),
-        "tiled, bf16, several processes": partial(tiled, compute_dtype=torch.bfloat16, reduce_mean=as_if_reduced),
+        "dense, fp32, compiled": compiled(partial(dense_loss, prior=args.prior)),
+        "dense, bf16 products, compiled": compiled(partial(bf16_products_loss, prior=args.prior)),
     }
+    forms = {BASELINE: ("rademacher", "int8", partial(authors_loss, prior=args.prior))}
+    forms |= {name: ("rademacher", "int8", loss) for name, loss in dense.items()}
+    tiled = partial(fused_loss, prior=args.prior, tile=args.tile)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.int8)):
+        if args.device == "cpu" or name != "int8":
+            forms[f"tiled, {name}"] = ("rademacher", "int8", partial(tiled, compute_dtype=dtype))
+    bf16 = partial(tiled, compute_dtype=torch.bfloat16)
+    forms["tiled, bf16, several processes"] = ("rademacher", "int8", partial(bf16, reduce_mean=as_if_reduced))
+    for storage in ("bits", "seed"):
+        forms[f"tiled, bf16, codes as {storage}"] = ("rademacher", storage, bf16)
+    if has_hadamard(args.dim):
+        forms["hadamard, fp32"] = ("hadamard", "int8", tiled)
+    if args.device == "cuda":
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            for storage in STORAGES:
+                loss = partial(fused_loss, prior=args.prior, impl="triton", compute_dtype=dtype)
+                forms[f"triton, {name}, codes as {storage}"] = ("rademacher", storage, loss)
+    return forms
+
+
+def has_hadamard(dim):
+    try:
+        base_order(dim)
+    except ValueError:
+        return False
+    return True
+
+
+def compiled(loss):
+    """Without its warm-up: the untimed round compiles."""
+    return torch.compile(loss, dynamic=False)
 
 
 def authors_loss(views, codes, tau, prior, beta=0.25):
     """As the authors wrote it: a float32 dictionary, the loss once in each direction, a softmax wherever it is used."""
-    codes = float_dictionary(codes)
+    codes = float_dictionary(codes.data)
     z1, z2 = (h @ codes / tau for h in views)
 
     def one_direction(z_target, z):
@@ -119,17 +167,17 @@ def float_dictionary(codes):
 
 
 def dense_loss(views, codes, tau, prior):
-    return cplearn_loss(views, codes, tau, prior=prior)[0]
+    return cplearn_loss(views, codes.dense(), tau, prior=prior)[0]
 
 
 def autocast_loss(views, codes, tau, prior):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(views[0].device.type, torch.bfloat16):
         return dense_loss(views, codes, tau, prior)
 
 
 def bf16_products_loss(views, codes, tau, prior, beta=0.25):
     """The plain form with nothing but its products in bfloat16."""
-    codes = codes.to(torch.bfloat16)
+    codes = codes.data.to(torch.bfloat16)
     log_probs = [((h.to(torch.bfloat16) @ codes).float() / tau).log_softmax(dim=1) for h in views]
     probs = [log_p.exp() for log_p in log_probs[:2]]
     pairs = [(a, v) for a in range(2) for v in range(len(views)) if v != a]
@@ -137,7 +185,7 @@ def bf16_products_loss(views, codes, tau, prior, beta=0.25):
     return beta * invariance + sum(prior_loss(p.mean(dim=0), prior) for p in probs) / 2
 
 
-def tiled_loss(views, codes, tau, **settings):
+def fused_loss(views, codes, tau, **settings):
     return fused_cplearn_loss(views, codes, tau, **settings)[0]
 
 
@@ -149,18 +197,17 @@ def as_if_reduced(mean):
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
-def make_inputs(args, kind, num_codes=None):
-    """(views of unit-normalised embeddings as with "l2", codes int8, tau)"""
-    num_codes = num_codes or args.num_codes
+def make_inputs(args, num_codes, kind, dictionary=("rademacher", "int8")):
+    """(views of unit-normalised embeddings as with "l2", codes, tau)"""
     torch.manual_seed(0)
-    # in place: nothing but the dictionary itself is ever allocated
-    codes = torch.randint(0, 2, (args.dim, num_codes), dtype=torch.int8).mul_(2).sub_(1)
+    cls = HadamardDictionary if dictionary[0] == "hadamard" else Dictionary
+    codes = cls(args.dim, num_codes, storage=dictionary[1]).to(args.device)
     views = [torch.randn(args.batch_size, args.dim) for _ in range(args.views)]
     if kind == "peaked":
-        near = codes[:, : args.batch_size].float().T
+        near = codes.columns(torch.arange(args.batch_size, device=args.device)).float().T.cpu()
         views = [near[: len(h)] + 0.5 * h for h in views]
     radius = math.sqrt(args.dim / args.batch_size)
-    views = [(F.normalize(h, dim=1) * radius).requires_grad_() for h in views]
+    views = [(F.normalize(h, dim=1) * radius).to(args.device).requires_grad_() for h in views]
     return views, codes, code_temperature(num_codes, args.dim, args.batch_size)
 
 
@@ -168,14 +215,16 @@ def gradients(form, views, codes, tau):
     return torch.autograd.grad(form(views, codes, tau), views)
 
 
-def measure_times(args):
-    inputs = make_inputs(args, "random")
+def measure_times(args, num_codes):
     forms = chosen_forms(args)
+    inputs = {kind: make_inputs(args, num_codes, "random", kind) for kind in {form[:2] for form in forms.values()}}
     cpu, wall = {n: [] for n in forms}, {n: [] for n in forms}
     for repeat in range(args.repeats + 1):
-        for name, form in forms.items():
+        for name, (*kind, form) in forms.items():
+            synchronize(args.device)
             start = time.process_time(), time.perf_counter()
-            gradients(form, *inputs)
+            gradients(form, *inputs[tuple(kind)])
+            synchronize(args.device)
             if repeat > 0:
                 cpu[name].append(1000 * (time.process_time() - start[0]))
                 wall[name].append(1000 * (time.perf_counter() - start[1]))
@@ -185,22 +234,49 @@ def measure_times(args):
     }
 
 
-def memory_in_own_process(name):
-    command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--memory_of", name]
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory_in_own_process(name, num_codes):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.head",
+        *sys.argv[1:],
+        "--memory_of",
+        name,
+        "--num_codes",
+        str(num_codes),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def peak_extra_memory(args):
-    """MB that one forward and backward adds to the process at its peak; Linux."""
-    form = all_forms(args)[args.memory_of]
-    gradients(form, *make_inputs(args, "random", num_codes=8192))  # libraries take their memory
-    inputs = make_inputs(args, "random")
+def peak_extra_memory(args, num_codes):
+    """MB that one forward and backward adds to the process (Linux) or to the GPU's allocator at its peak."""
+    *kind, form = all_forms(args)[args.memory_of]
+    compiles = "compiled" in args.memory_of  # for one size only, and the compiler's own memory must not count
+    gradients(form, *make_inputs(args, num_codes if compiles else 8192, "random", kind))
+    inputs = make_inputs(args, num_codes, "random", kind)
     if args.memory_of == BASELINE:
-        float_dictionary(inputs[1])
+        float_dictionary(inputs[1].data)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients(form, *inputs)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    release_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = process_memory("VmRSS")
     gradients(form, *inputs)
     return process_memory("VmHWM") - before
+
+
+def release_memory():
+    """What was freed goes back to the system, so that using it again counts."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def process_memory(field):
@@ -208,18 +284,32 @@ def process_memory(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024 / 1e6
 
 
-def gradient_errors(args, kind):
-    views, codes, tau = make_inputs(args, kind)
-    exact = [h.detach().double().requires_grad_() for h in views]
-    expected = gradients(partial(dense_loss, prior=args.prior), exact, codes, tau)
-    scale = max(g.abs().max() for g in expected)
-    return {
-        name: max(
-            float((g - want).abs().max() / scale)
-            for g, want in zip(gradients(form, views, codes, tau), expected, strict=True)
-        )
-        for name, form in chosen_forms(args).items()
-    }
+def gradient_errors(args, num_codes, kind):
+    errors, expected = {}, {}
+    for name, (*dictionary, form) in chosen_forms(args).items():
+        views, codes, tau = make_inputs(args, num_codes, kind, dictionary)
+        if dictionary[0] not in expected:
+            exact = [h.detach().double().requires_grad_() for h in views]
+            expected[dictionary[0]] = gradients(partial(dense_loss, prior=args.prior), exact, codes, tau)
+        want = expected[dictionary[0]]
+        scale = max(g.abs().max() for g in want)
+        got = gradients(form, views, codes, tau)
+        errors[name] = max(float((g - w).abs().max() / scale) for g, w in zip(got, want, strict=True))
+    return errors
+
+
+def plot(results, path):
+    """Time and memory of every form against K, on logarithmic axes."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    names = list(next(iter(results.values())))
+    for axis, key, label in zip(axes, ("cpu_ms", "extra_mb"), ("CPU time, ms", "peak extra memory, MB"), strict=True):
+        for i, name in enumerate(names):
+            style = {"color": pyplot.cm.viridis(i / len(names)), "marker": "osv^Dx*+P"[i % 9]}
+            axis.plot(list(results), [rows[name][key] for rows in results.values()], label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="codes K", ylabel=f"{label} (forward and backward)")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def table(rows):
@@ -233,7 +323,8 @@ def table(rows):
 
 def machine():
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -253,17 +253,46 @@ def test_a_signal_saves_first(folder, tmp_path, number, processes):
     assert step >= 5 and f"stopped by a signal at step {step};" in output
 
 
-def test_tiled_run_follows_the_dense_run_and_resumes(folder, tmp_path):
-    """The same 24 steps; then the tiled run again, cut at the end of its first epoch and resumed."""
-    run(folder, tmp_path / "dense", head_impl="dense", log_every=1, lr=5e-3)
-    run(folder, tmp_path / "tiled", head_impl="tiled", log_every=1, lr=5e-3, saveckp_freq=1)
-    dense, tiled = (
-        [line["train_loss"] for line in read_log(tmp_path / name / "log.txt")] for name in ("dense", "tiled")
-    )
-    np.testing.assert_allclose(tiled, dense, rtol=1e-4)
+def losses(folder):
+    return [line["train_loss"] for line in read_log(folder / "log.txt")]
+
+
+@pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
+def test_tiled_run_follows_the_dense_run_and_resumes(folder, tmp_path, dictionary):
+    """The same 60 steps; then the tiled run again, cut at the end of its first epoch and resumed."""
+    settings = {"dictionary": dictionary, "log_every": 1, "lr": 5e-3, "epochs": 5, "proj_dim": 64}
+    run(folder, tmp_path / "dense", head_impl="dense", **settings)
+    run(folder, tmp_path / "tiled", head_impl="tiled", saveckp_freq=1, **settings)
+    np.testing.assert_allclose(losses(tmp_path / "tiled"), losses(tmp_path / "dense"), rtol=1e-4)
     first = tmp_path / "tiled" / "checkpoint0001.pth"
-    run(folder, tmp_path / "cut", head_impl="tiled", log_every=1, lr=5e-3, resume=first)
+    run(folder, tmp_path / "cut", head_impl="tiled", resume=first, **settings)
     assert_same_checkpoint(tmp_path / "tiled" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+
+
+@pytest.mark.parametrize("head_impl", ["dense", "tiled"])
+def test_how_codes_are_kept_changes_nothing_and_may_change_on_the_way(folder, tmp_path, head_impl):
+    run(folder, tmp_path / "int8", head_impl=head_impl)
+    run(folder, tmp_path / "seed", head_impl=head_impl, codes_storage="seed", saveckp_freq=1)
+    bits = {"codes_storage": "bits", "resume": tmp_path / "seed" / "checkpoint0001.pth"}
+    run(folder, tmp_path / "bits", head_impl=head_impl, **bits)
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pth")["student"] for name in ("int8", "bits", "seed")]
+    assert torch.equal(states[0]["head.codes"], states[1]["head.codes"]) and "head.codes" not in states[2]
+    for name in states[2]:
+        assert all(torch.equal(state[name], states[2][name]) for state in states), name
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_codes_follow_two_without_and_resume(folder, tmp_path):
+    settings = {"log_every": 1, "lr": 5e-3, "batch_size_per_gpu": BATCH // 2, "saveckp_freq": 1}
+    runs = {"whole": {}, "sharded": {"shard_codes": True}}
+    runs["cut"] = runs["sharded"] | {"resume": tmp_path / "sharded" / "checkpoint0001.pth"}
+    for name, more in runs.items():
+        code, output = finish(start(flags(folder, tmp_path / name, **settings, **more), processes=2))
+        assert code == 0, output
+    np.testing.assert_allclose(losses(tmp_path / "sharded"), losses(tmp_path / "whole"), rtol=1e-4)
+    assert_same_checkpoint(tmp_path / "sharded" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+    usage = [load_checkpoint(tmp_path / n / "checkpoint.pth")["objective"]["usage"] for n in ("whole", "sharded")]
+    torch.testing.assert_close(*usage, rtol=1e-2, atol=1e-4)  # every process's part of it is in the file
 
 
 def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
@@ -431,6 +460,9 @@ def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsy
     [
         ({"out_dim": 100_000_001}, "out_dim 100000001"),
         ({"out_dim": 0}, "--out_dim 0"),
+        ({"dictionary": "hadamard", "proj_dim": 100}, "nearest orders are 96 and 112"),
+        ({"dictionary": "hadamard", "codes_storage": "seed"}, "storage is 'seed'"),
+        ({"head_impl": "triton"}, "needs a GPU"),
         ({"lr": -1}, "--lr -1"),
         ({"lr": math.nan}, "--lr nan"),
         ({"batch_size_per_gpu": 97}, "96 images do not fill one batch of 97"),
