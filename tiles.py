@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-TILE_LOGITS = 2**20
-TILE_BYTES = 2**23  # of a tile of codes
+TILE_BYTES = 2**23  # that a tile and what is computed of it take; larger ones are a little faster
 LARGE = 2**23  # logits in all, from which compiling (seconds, once a process) and threads pay
 
 
@@ -48,7 +47,7 @@ class Tiles:
     """
 
     def __init__(self, codes, compute_dtype, num_rows, tile=None):
-        self.codes, self.compute_dtype = codes, compute_dtype
+        self.codes, self.compute_dtype, self.products = codes, compute_dtype, {}
         self.tile = min(tile or default_tile(num_rows, codes.shape[0], compute_dtype), codes.shape[1])
         large = codes.device.type == "cpu" and num_rows * codes.shape[1] >= LARGE
         self.shares = self._shares(torch.get_num_threads() if large else 1)
@@ -105,7 +104,7 @@ class Tiles:
 
     @torch.no_grad()
     def _statistics_of_share(self, starts, rows):
-        products = make_products(self.codes, self.compute_dtype, rows, self.tile)
+        products = self._products(starts).take(rows)
         top = rows.new_full((len(rows), 1), -math.inf)
         total, centers = torch.zeros_like(top), torch.zeros_like(rows.T)
         best = torch.zeros_like(top, dtype=torch.int64)
@@ -126,7 +125,7 @@ class Tiles:
 
     @torch.no_grad()
     def _gradient_of_share(self, starts, rows, top, total, offset, slope, agreement):
-        products = make_products(self.codes, self.compute_dtype, rows.flatten(0, 1), self.tile)
+        products = self._products(starts).take(rows.flatten(0, 1))
         stop = min(starts[-1] + self.tile, self.codes.shape[1])
         means = rows.new_empty(len(top), stop - starts[0])
         product, mass = rows.new_zeros(rows.shape[2], top.numel()), torch.zeros_like(top).squeeze(2)
@@ -146,6 +145,13 @@ class Tiles:
                 mass += sum_weights
         return means, product, mass
 
+    def _products(self, starts):
+        """Those of one share of the codes."""
+        if starts[0] not in self.products:
+            kind = PRODUCTS.get(self.compute_dtype, Products)
+            self.products[starts[0]] = kind(self.codes, self.compute_dtype, self.tile)
+        return self.products[starts[0]]
+
     def _run(self, body, raw, *args):
         if self.compiled and raw.shape[1] == self.tile:  # the last tile may have another shape
             return run_compiled(body, raw, *args)
@@ -153,9 +159,11 @@ class Tiles:
 
 
 def default_tile(num_rows, dim, dtype):
-    """Codes in a tile: a power of two, 8192 for 2 views of 64 images, F 384 and bfloat16."""
-    size = torch.finfo(dtype).bits // 8 if dtype.is_floating_point else 2
-    return 2 ** round(math.log2(max(128, min(TILE_LOGITS / num_rows, TILE_BYTES / (dim * size)))))
+    """Codes in a tile: a power of two, 4096 for 2 views of 64 images, F 384 and bfloat16."""
+    floats = 2 if dtype in (torch.bfloat16, torch.int8) else dtype.itemsize  # of the codes, and of the weights
+    logits = 8 if dtype == torch.int8 else floats  # two int32
+    per_code = dim * floats + num_rows * (logits + floats + 4)
+    return 2 ** max(7, math.floor(math.log2(TILE_BYTES / per_code)))
 
 
 def merge(parts):
@@ -207,10 +215,10 @@ def gradient_tile(raw, shift, scale, codes, top, total, offset, slope, agreement
         return (mean,)
     slope = slope if isinstance(slope, torch.Tensor) else slope(mean)
     others = s.sum(dim=0) - s[: len(top)]
-    weights = (p * (slope[:, None] - agreement * others - offset)).flatten(0, 1)
+    weights = (p * (slope[:, None] - agreement * others - offset)).flatten(0, 1).to(codes.dtype)
     where = argmax(s[: len(top)].flatten(0, 1))
-    of_likeliest = weights.gather(1, where)
-    weights = without(weights, where).to(codes.dtype)
+    of_likeliest = weights.gather(1, where).to(top.dtype)
+    weights = without(weights, where)
     sums = weights.sum(dim=1, keepdim=True, dtype=top.dtype) + of_likeliest
     return mean, weights, sums.view(top.shape[:2]), codes[:, where.squeeze(1)].to(top.dtype) * of_likeliest.T
 
@@ -281,14 +289,23 @@ def workers(num_threads):
 
 
 class Products:
-    """rows (R, F) times one tile of codes after another, in float32 or float64."""
+    """rows (R, F) times one tile of codes after another, in float32 or float64.
+
+    Both passes use the same memory: giving it back and taking it anew leaves holes as large."""
 
     scale = None  # of integer logits
 
-    def __init__(self, codes, dtype, rows, tile):
-        self.dictionary, self.tile, self.rows = codes, tile, rows.to(dtype)
-        self.buffer = torch.empty(codes.shape[0], tile, dtype=dtype, device=rows.device)
-        self.codes = None  # (F, T) of the tile at hand
+    def __init__(self, codes, dtype, tile):
+        self.dictionary, self.tile = codes, tile
+        self.buffer = torch.empty(codes.shape[0], tile, dtype=dtype, device=codes.device)
+        self.raw = self.buffer.new_empty(0)
+
+    def take(self, rows):
+        """The rows of the products to come."""
+        self.rows = rows.to(self.buffer.dtype)
+        if len(self.raw) != len(rows):
+            self.raw = self.buffer.new_empty(len(rows), self.tile)
+        return self
 
     def shift(self, top):
         """What `logits` subtracts from rows whose highest logit, so far, is top (R, 1)."""
@@ -296,9 +313,11 @@ class Products:
 
     def logits(self, start, shift):
         """Those of the tile that begins at code `start`, less shift (R, 1): (R, T)."""
-        return self.rows @ self.load(start)
+        codes = self.load(start)
+        return torch.mm(self.rows, codes, out=self.raw[:, : codes.shape[1]])
 
     def load(self, start):
+        """codes (F, T) <- the tile that begins at code `start`."""
         self.int8 = self.dictionary.tile(start, min(start + self.tile, self.dictionary.shape[1]))
         self.codes = self.buffer[: len(self.int8), : self.int8.shape[1]].copy_(self.int8)
         return self.codes
@@ -318,11 +337,12 @@ class Bfloat16Products(Products):
 
     SHIFT_ROWS = 16  # one does the work, the others keep the product aligned
 
-    def __init__(self, codes, dtype, rows, tile):
-        super().__init__(codes, dtype, rows, tile)
-        dim = codes.shape[0]
-        self.rows = torch.cat([self.rows, self.rows.new_zeros(len(rows), self.SHIFT_ROWS)], dim=1)
-        self.buffer = self.buffer.new_ones(dim + self.SHIFT_ROWS, tile)
+    def __init__(self, codes, dtype, tile):
+        super().__init__(codes, dtype, tile)
+        self.buffer = self.buffer.new_ones(codes.shape[0] + self.SHIFT_ROWS, tile)
+
+    def take(self, rows):
+        return super().take(torch.cat([rows, rows.new_zeros(len(rows), self.SHIFT_ROWS)], dim=1))
 
     def shift(self, top):
         return top.to(self.rows.dtype).to(top.dtype)
@@ -330,16 +350,19 @@ class Bfloat16Products(Products):
     def logits(self, start, shift):
         codes = self.load(start)
         self.rows[:, len(codes)] = -shift.squeeze(1)
-        return self.rows @ self.buffer[:, : codes.shape[1]]
+        return torch.mm(self.rows, self.buffer[:, : codes.shape[1]], out=self.raw[:, : codes.shape[1]])
 
 
 class IntegerProducts(Products):
     """Logits by int8 products, exact in int32: rows are 256 high + low, two int8 each, times a scale."""
 
-    def __init__(self, codes, dtype, rows, tile):
-        super().__init__(codes, torch.bfloat16, rows, tile)
+    def __init__(self, codes, dtype, tile):
+        super().__init__(codes, torch.bfloat16, tile)
+
+    def take(self, rows):
         high, low, self.scale = split_rows(rows)
         self.rows = torch.cat([high, low])
+        return self
 
     def logits(self, start, shift):
         self.load(start)
@@ -354,6 +377,4 @@ def split_rows(rows):
     return ((whole - low) / 256).to(torch.int8), low.to(torch.int8), scale
 
 
-def make_products(codes, dtype, rows, tile):
-    products = {torch.bfloat16: Bfloat16Products, torch.int8: IntegerProducts}.get(dtype, Products)
-    return products(codes, dtype, rows, tile)
+PRODUCTS = {torch.bfloat16: Bfloat16Products, torch.int8: IntegerProducts}

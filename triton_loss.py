@@ -53,7 +53,8 @@ class Shape(NamedTuple):
     stages: int  # of software pipelining
 
 
-# (kernel, mode, architecture), and a storage where it needs its own. whole: F <= WHOLE_F; split: wider; local: with local views. means always streams rows.
+# (kernel, mode, architecture), and a storage where it needs its own. whole: F <= WHOLE_F; split: wider; local: with
+# local views. means always streams rows.
 SHAPES = {
     ("statistics", "whole", "sm_80"): Shape(128, 32, 64, 0, 8, 2),
     ("statistics", "whole", "sm_90"): Shape(128, 64, 64, 0, 8, 2),

@@ -266,9 +266,9 @@ def test_reduce_mean_is_called_once_for_each_global_view(num_global, needed):
 
 
 def test_default_tile():
-    assert default_tile(2 * 64, 384, BFLOAT16) == 8192
-    assert default_tile(2 * 64, 384, torch.float32) == 4096
-    assert default_tile(2 * 256, 384, BFLOAT16) == 2048
+    assert default_tile(2 * 64, 384, BFLOAT16) == 4096
+    assert default_tile(2 * 64, 384, torch.float32) == 2048
+    assert default_tile(2 * 256, 384, BFLOAT16) == 1024
     assert default_tile(10**7, 384, BFLOAT16) == 128
 
 
