@@ -101,7 +101,7 @@ def assert_same_checkpoint(a, b):
     a, b = load_checkpoint(a), load_checkpoint(b)
     assert a["step"] == b["step"] and a["recorder"] == b["recorder"]
     ours, theirs = tensors(a), tensors(b)
-    assert ours.keys() == theirs.keys() and len(ours) > 300
+    assert ours.keys() == theirs.keys() and len(ours) > 100
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert different == []
 
@@ -257,10 +257,13 @@ def losses(folder):
     return [line["train_loss"] for line in read_log(folder / "log.txt")]
 
 
+SMALL = {"arch": "resnet8", "width": 32, "drop_path_rate": 0.0}
+
+
 @pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
 def test_tiled_run_follows_the_dense_run_and_resumes(folder, tmp_path, dictionary):
     """The same 60 steps; then the tiled run again, cut at the end of its first epoch and resumed."""
-    settings = {"dictionary": dictionary, "log_every": 1, "lr": 5e-3, "epochs": 5, "proj_dim": 64}
+    settings = SMALL | {"dictionary": dictionary, "log_every": 1, "lr": 5e-3, "epochs": 5}
     run(folder, tmp_path / "dense", head_impl="dense", **settings)
     run(folder, tmp_path / "tiled", head_impl="tiled", saveckp_freq=1, **settings)
     np.testing.assert_allclose(losses(tmp_path / "tiled"), losses(tmp_path / "dense"), rtol=1e-4)
@@ -271,10 +274,10 @@ def test_tiled_run_follows_the_dense_run_and_resumes(folder, tmp_path, dictionar
 
 @pytest.mark.parametrize("head_impl", ["dense", "tiled"])
 def test_how_codes_are_kept_changes_nothing_and_may_change_on_the_way(folder, tmp_path, head_impl):
-    run(folder, tmp_path / "int8", head_impl=head_impl)
-    run(folder, tmp_path / "seed", head_impl=head_impl, codes_storage="seed", saveckp_freq=1)
-    bits = {"codes_storage": "bits", "resume": tmp_path / "seed" / "checkpoint0001.pth"}
-    run(folder, tmp_path / "bits", head_impl=head_impl, **bits)
+    settings = SMALL | {"head_impl": head_impl}
+    run(folder, tmp_path / "int8", **settings)
+    run(folder, tmp_path / "seed", codes_storage="seed", saveckp_freq=1, **settings)
+    run(folder, tmp_path / "bits", codes_storage="bits", resume=tmp_path / "seed" / "checkpoint0001.pth", **settings)
     states = [load_checkpoint(tmp_path / name / "checkpoint.pth")["student"] for name in ("int8", "bits", "seed")]
     assert torch.equal(states[0]["head.codes"], states[1]["head.codes"]) and "head.codes" not in states[2]
     for name in states[2]:
