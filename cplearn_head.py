@@ -250,7 +250,7 @@ class CPLearn(Objective):
 
     def describe(self):
         dictionary, dim = self.head.dictionary, self.head.dictionary.shape[0]
-        packed = 0 if dictionary.packed() is None else dim * math.ceil(self.num_codes / 8)
+        packed = dim * math.ceil(self.num_codes / 8) if dictionary.travels_as_bits() else 0
         shard = f", {dictionary.shape[1]} codes in each of {world_size()} processes" if dictionary.sharded else ""
         return [
             f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}",

@@ -101,8 +101,8 @@ class Dictionary(nn.Module):
         return ((words >> (index % WORD).to(words.dtype)) & 1).to(torch.int8) * 2 - 1
 
     def packed(self):
-        """The dictionary as bits, (F, ceil(K / 8)) uint8; None where the seed stands for it, or a part is held."""
-        if self.storage == "seed" or self.sharded:
+        """The dictionary as bits, (F, ceil(K / 8)) uint8; None where its seed stands for it in a checkpoint."""
+        if not self.travels_as_bits():
             return None
         if self.storage != "bits":
             return pack_codes(self.dense())
@@ -111,7 +111,11 @@ class Dictionary(nn.Module):
             packed[:, -1] &= 2 ** (self.shape[1] % 8) - 1  # hashed words go on after the last code
         return packed
 
+    def travels_as_bits(self):
+        return self.storage != "seed" and not self.sharded
+
     def num_bytes(self):
+        """Of memory."""
         return 0 if self.data is None else self.data.numel() * self.data.element_size()
 
     def extra_repr(self):

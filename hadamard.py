@@ -118,8 +118,8 @@ class HadamardDictionary(Dictionary):
         dim = self.shape[0]
         return self.data[index // dim].T * _matrix_on(self.device, dim)[:, index % dim]
 
-    def packed(self):
-        return None  # the seed says it all
+    def travels_as_bits(self):
+        return False
 
 
 @functools.lru_cache(maxsize=4)

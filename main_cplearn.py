@@ -59,7 +59,7 @@ from utils import (
     world_size,
 )
 
-FORMAT = "cplearn 1"
+FORMAT = "cplearn 2"
 NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 GO_ON, SAVE, SAVE_AND_STOP = range(3)  # what the processes agree on after each step
 
@@ -683,6 +683,8 @@ def check_arguments(args, device):
     """Fill in what depends on the data set and the device, and refuse what cannot work."""
     data.resolve_dataset_defaults(args)
     args.precision = choose_precision(args.precision, device)
+    if args.shard_codes and args.prior_scope == "local":
+        raise UserError("--prior_scope local: with --shard_codes every process sees all images; use global")
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
     for name in ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every", "max_steps", "proj_dim"):

@@ -140,7 +140,7 @@ def run(tmp_path_factory):
     args["dataset"] = "imagefolder"
     torch.manual_seed(0)
     teacher = {f"backbone.{k}": v for k, v in build_backbone("resnet8", width=8).state_dict().items()}
-    torch.save({"format": "cplearn 1", "student": teacher, "teacher": teacher, "args": args}, folder / "checkpoint.pth")
+    torch.save({"format": "cplearn 2", "student": teacher, "teacher": teacher, "args": args}, folder / "checkpoint.pth")
     return folder, ["--checkpoint", str(folder / "checkpoint.pth"), "--data_path", str(folder), "--device", "cpu"]
 
 

@@ -85,7 +85,7 @@ def test_our_checkpoint_gives_features_and_codes(tmp_path, activation, seed):
     }
     args |= {"activation": activation, "dataset": "cifar10", "out_dim": 1001, "proj_dim": 20, "width": 24}
     torch.save(
-        {"format": "cplearn 1", "student": state, "teacher": state, "epoch": 3, "args": args}, tmp_path / "c.pth"
+        {"format": "cplearn 2", "student": state, "teacher": state, "epoch": 3, "args": args}, tmp_path / "c.pth"
     )
 
     model = load_pretrained(tmp_path / "c.pth")

@@ -466,6 +466,8 @@ def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsy
         ({"dictionary": "hadamard", "proj_dim": 100}, "nearest orders are 96 and 112"),
         ({"dictionary": "hadamard", "codes_storage": "seed"}, "storage is 'seed'"),
         ({"head_impl": "triton"}, "needs a GPU"),
+        ({"shard_codes": True, "prior_scope": "local"}, "--prior_scope local: with --shard_codes"),
+        ({"shard_codes": True, "head_impl": "dense"}, "--head_impl dense: --shard_codes needs"),
         ({"lr": -1}, "--lr -1"),
         ({"lr": math.nan}, "--lr nan"),
         ({"batch_size_per_gpu": 97}, "96 images do not fill one batch of 97"),
@@ -506,7 +508,7 @@ def test_damaged_checkpoint_is_refused_and_runs_nothing(folder, tmp_path, damage
             def __reduce__(self):
                 return os.system, (f"touch {flag}",)
 
-        torch.save({"format": "cplearn 1", "student": Attack()}, path)
+        torch.save({"format": "cplearn 2", "student": Attack()}, path)
     else:
         run(folder, tmp_path, max_steps=1)
         whole = path.read_bytes()

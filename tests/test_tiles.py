@@ -64,7 +64,7 @@ def test_both_passes_equal_float64(dtype, prior, with_local):
 
 
 def test_bfloat16_rounds_the_distance_to_the_highest_logit():
-    """Logits of a standard deviation of 10, rounded as they are, make errors of 2e-2 in the centers, 6e-2 in the rest."""
+    """Logits of standard deviation 10, rounded as they are, make errors of 2e-2 in the centers and 6e-2 in the rest."""
     codes = Dictionary(DIM, K)
     engine = Tiles(codes, torch.bfloat16, VIEWS * BATCH, TILE)
     rows = engine.round(rows_of(torch.bfloat16, scale=10))
