@@ -76,14 +76,15 @@ class Dictionary(nn.Module):
             self.data = (code_words(*part) if packed is None else _words_of(packed)).to(self.device)
 
     def tile(self, start, stop):
-        """Codes start to stop of those held here: (F, stop - start) int8. start: a multiple of 32, unless int8."""
+        """Codes start to stop of those held here: (F, stop - start) int8."""
         if self.storage == "int8":
             return self.data[:, start:stop]
+        begin = start - start % WORD
         if self.storage == "bits":
-            words = self.data[:, start // WORD : math.ceil(stop / WORD)]
+            words = self.data[:, begin // WORD : math.ceil(stop / WORD)]
         else:
-            words = code_words(self.shape[0], stop - start, self.seed, self.first + start, self.device)
-        return decode_words(words, stop - start)
+            words = code_words(self.shape[0], stop - begin, self.seed, self.first + begin, self.device)
+        return decode_words(words, stop - begin)[:, start - begin :]
 
     def dense(self):
         """All codes held here, (F, K) int8."""

@@ -74,7 +74,7 @@ def test_every_storage_holds_the_same_codes(storage):
     codes = rademacher_codes(DIM, K, seed=3)
     dictionary = Dictionary(DIM, K, 3, storage)
     assert dictionary.shape == codes.shape and torch.equal(dictionary.dense(), codes)
-    for start, stop in ((0, 1), (32, 64), (64, K), (960, 1000)):
+    for start, stop in ((0, 1), (32, 64), (64, K), (960, 1000), (7, 40), (33, 34)):
         assert torch.equal(dictionary.tile(start, stop), codes[:, start:stop])
     index = torch.tensor([0, 31, 32, 1000, 500, 500])
     assert torch.equal(dictionary.columns(index), codes[:, index])
