@@ -8,9 +8,8 @@ compiled by torch.compile where there is a compiler, and each thread takes a sha
 
 import functools
 import math
-import os
-import shutil
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -51,7 +50,7 @@ class Tiles:
         self.tile = min(tile or default_tile(num_rows, codes.shape[0], compute_dtype), codes.shape[1])
         large = codes.device.type == "cpu" and num_rows * codes.shape[1] >= LARGE
         self.shares = self._shares(torch.get_num_threads() if large else 1)
-        self.compiled = large and have_compiler()
+        self.compiled = large
 
     def round(self, rows):
         """rows (.., F) as both passes see them, in rows' dtype."""
@@ -251,28 +250,28 @@ def exp(x):
 
 
 def run_compiled(body, raw, *args):
+    """body(raw, *args), compiled for this dtype and shape; as it is where that fails, say for want of a compiler."""
     kind = body, raw.dtype, raw.shape
-    if kind in _compiled_kinds:
-        return _compiled(body)(raw, *args)
-    with _compiling:  # threads that ask at the same time would each compile the same
-        result = _compiled(body)(raw, *args)
-        _compiled_kinds.add(kind)
-        return result
+    if kind not in _bodies:
+        with _compiling:  # threads that ask at the same time would each compile the same
+            if kind not in _bodies:
+                _bodies[kind] = _compile(body, raw, *args)
+    return _bodies[kind](raw, *args)
 
 
-@functools.cache
-def _compiled(body):
+_compiling, _bodies = threading.Lock(), {}
+
+
+def _compile(body, *example):
     # threads share the codes, not a tile
-    return torch.compile(body, dynamic=False, options={"cpp.threads": 1})
-
-
-_compiling, _compiled_kinds = threading.Lock(), set()
-
-
-@functools.cache
-def have_compiler():
-    """torch.compile needs a C++ compiler on a CPU; without one the same tiles run uncompiled, and slower."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+    compiled = torch.compile(body, dynamic=False, options={"cpp.threads": 1})
+    try:
+        compiled(*example)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"the tiled loss runs uncompiled, and slower: {reason}", stacklevel=2)
+        return body
+    return compiled
 
 
 @functools.cache

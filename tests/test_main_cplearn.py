@@ -531,3 +531,16 @@ def test_two_processes_train_on_real_size(tmp_path):
         assert code == 0, output
         lines = [json.loads(line) for line in (tmp_path / str(local) / "log.txt").read_text().splitlines()]
         assert lines[-1]["step"] == 2 and math.isfinite(lines[-1]["train_loss"])
+
+
+@pytest.mark.slow
+def test_a_million_codes_train_on_a_cpu(tmp_path):
+    words = (
+        "--dataset fashion_mnist --arch resnet8 --width 64 --out_dim 1048576 --device cpu --log_every 1 --max_steps 4 "
+        "--batch_size_per_gpu 64 --codes_storage bits --num_workers 0"
+    ).split()
+    code, output = finish(start([*words, "--output_dir", str(tmp_path)]), timeout=600)
+    assert code == 0, output
+    assert "loss: tiled" in output and "8.00 MiB in memory (bits)" in output
+    losses = [line["train_loss"] for line in read_log(tmp_path / "log.txt") if line["kind"] == "step"]
+    assert len(losses) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
