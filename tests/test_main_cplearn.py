@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -535,10 +536,10 @@ def test_two_processes_train_on_real_size(tmp_path):
 
 @pytest.mark.slow
 def test_a_million_codes_train_on_a_cpu(tmp_path):
-    words = (
+    words = shlex.split(
         "--dataset fashion_mnist --arch resnet8 --width 64 --out_dim 1048576 --device cpu --log_every 1 --max_steps 4 "
         "--batch_size_per_gpu 64 --codes_storage bits --num_workers 0"
-    ).split()
+    )
     code, output = finish(start([*words, "--output_dir", str(tmp_path)]), timeout=600)
     assert code == 0, output
     assert "loss: tiled" in output and "8.00 MiB in memory (bits)" in output
