@@ -221,7 +221,8 @@ def test_transforms_and_products_with_the_written_out_blocks_agree(threads, num_
     torch.set_num_threads(threads)
     try:
         codes = HadamardDictionary(24, num_codes)
-        rows = rows_of("peaked", codes.dense(), 10)
+        rows = rows_of("random", codes.dense(), 10)  # whose likeliest codes are anywhere
+        slopes = Slope("kl", num_codes, 0.5), torch.linspace(-1, 1, 2 * num_codes).view(2, num_codes)
         engine = HadamardTransforms(codes, 20)
         assert HadamardTransforms.can_run(codes, torch.float32) and len(engine.shares) == threads
         results = []
@@ -229,8 +230,10 @@ def test_transforms_and_products_with_the_written_out_blocks_agree(threads, num_
             top, total, centers, best = each.statistics(rows.flatten(0, 1).to(dtype))
             settings = [x.view(2, 10) for x in (top, total)]
             offset, local = torch.full((2, 10), 0.1, dtype=dtype), rows[0].to(dtype)
-            of_gradient = each.gradient(rows.to(dtype), *settings, Slope("kl", num_codes, 0.5), 0.3, offset, local)
-            results.append((top, total, centers, best, *of_gradient))
+            results.append([top, total, centers, best])
+            for slope in slopes:
+                slope = slope.to(dtype) if torch.is_tensor(slope) else slope
+                results[-1] += each.gradient(rows.to(dtype), *settings, slope, 0.3, offset, local)
         for got, want in zip(*results, strict=True):
             assert close(got, want.double(), 1e-5)
     finally:
