@@ -10,7 +10,8 @@ is, per image, a logarithm of a sum and one vector of width F.
 
 The streams are the business of an engine: `tiles.Tiles` (matrix products of torch), `triton_loss` (CUDA) or `hadamard`
 (fast transforms). Where pbar needs no other process, streams 2 and 3 are one. Matrix work for two views, in units of
-2 B F K multiply-adds: 4 then, 5 with other processes, 2 in the plain form. Extra memory: O(V B F + K + B x tile).
+2 B F K multiply-adds: 4 then, 5 with other processes, 2 in the plain form. A local view adds 1, as there, and all of
+them together another half. Extra memory: O(V B F + K + B x tile).
 
 With codes sharded over R processes each holds K / R codes and streams the images of all: h is gathered, per image the
 streams' results are summed, and pbar needs no other process.
