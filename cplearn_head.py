@@ -266,8 +266,8 @@ def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademache
     """The form of the loss that runs: (head_impl without "auto", function with `cplearn_loss`'s arguments).
 
     head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
-    million logits or more, which saves memory and time (benchmarks/head.py); else dense. The Triton kernels were never
-    run on a GPU: they are taken only when asked for.
+    million logits or more, which saves memory and, but for float32 near that size, time (benchmarks/README.md); else
+    dense. The Triton kernels were never run on a GPU: they are taken only when asked for.
     bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
     Raises UserError for a form that cannot run here.
     """

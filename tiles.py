@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 TILE_BYTES = 2**23  # that a tile and what is computed of it take; larger ones are a little faster
-LARGE = 2**23  # logits in all, from which compiling (seconds, once a process) and threads pay
+LARGE = 2**21  # logits in all, from which compiling (seconds, once a process) and threads pay
 
 
 class Slope(NamedTuple):
