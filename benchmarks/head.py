@@ -303,7 +303,7 @@ def plot(results, path):
             axis.plot(list(results), [rows[name][key] for rows in results.values()], label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="codes K", ylabel=f"{label} (forward and backward)")
         axis.set_xticks(list(results), [f"{num_codes:,}" for num_codes in results])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
