@@ -88,7 +88,7 @@ class Tiles:
         if slope is None:
             return means, None, None
         product, mass = (functools.reduce(torch.add, column) for column in list(zip(*parts, strict=True))[1:])
-        return means, product.T.view(*top.shape, -1), mass
+        return means, product.T.reshape(*top.shape, -1).contiguous(), mass  # collectives want it so
 
     def _in_threads(self, work, *args):
         """[work(share, *args)] of all shares of the codes, at the same time."""
@@ -120,7 +120,7 @@ class Tiles:
             centers += of_highest
             top = new_top
             shift = products.shift(top)
-        return top.squeeze(1), total.squeeze(1), centers.T, best.squeeze(1)
+        return top.squeeze(1), total.squeeze(1), centers.T.contiguous(), best.squeeze(1)
 
     @torch.no_grad()
     def _gradient_of_share(self, starts, rows, top, total, offset, slope, agreement):
