@@ -34,11 +34,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dictionary import HASH_OFFSET
+from dictionary import HASH_OFFSET, STORAGES
 
 NUM_GLOBAL = 2  # global views that one gradient program holds
 WHOLE_F = 384  # widest output of 128 rows whose float32 sums fit the registers of 256 threads
-STORAGES = ("int8", "bits", "seed")
 INTERPRETED_SHARES = 3  # where there are no multiprocessors to keep busy
 
 
