@@ -3,42 +3,50 @@
     model = load_pretrained("runs/checkpoint.pth")            # ours, DINO's, or a bare state dict of DINO's or timm's
     features, codes = extract_features(model, batches, num_samples, device)      # (N, D) float32, (N,) int64 or None
 
-The file says what it holds: our checkpoints and DINO's carry their settings, for a bare ViT they are read off the
-tensors' shapes. Nothing is downloaded, nothing in a file is executed, and every tensor must find its place.
+The file says what it holds: our checkpoints and DINO's carry their settings, timm's safetensors have a config.json
+beside them, for a bare ViT they are read off the tensors' shapes. Nothing is downloaded, nothing in a file is executed,
+and every tensor must find its place.
 
 Shapes: B images per batch, N images in all, D backbone width, K codes.
 """
 
 import argparse
+import json
 import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import utils
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
 from utils import UserError
+from vision_transformer import VisionTransformer
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROM_CHECKPOINT = ("dataset", "img_size", "in_chans", "mean", "std")  # what evaluations take over from the file
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags with which every evaluation names a model."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Adds the flags that name a model, or, with `several`, the models to compare."""
     parser.add_argument(
         "--checkpoint",
         "--pretrained_weights",
         dest="checkpoint",
         required=True,
         metavar="FILE",
-        help="our checkpoint.pth, DINO's, or a backbone's state dict (.pth or .safetensors) of DINO's or timm's",
+        nargs="+" if several else None,
+        help="our checkpoint.pth, DINO's, or a backbone's state dict (.pth or .safetensors) of DINO's or timm's"
+        + ("; several are compared in one table. FILE:KEY names the --checkpoint_key of one" if several else ""),
     )
     parser.add_argument(
         "--checkpoint_key",
@@ -96,7 +104,8 @@ def load_pretrained(
 
     path: a file of one of these kinds; a folder, a URL or a model's name is refused, and nothing is ever downloaded.
         Ours, written by main_cplearn.py.   DINO's training checkpoint.   {name: state dict}, as MoCo and MAE save.
-        A flat state dict, with or without the prefixes `module.` and `backbone.`, as .pth or .safetensors.
+        A flat state dict, with or without the prefixes `module.` and `backbone.`, as .pth or .safetensors; timm's
+        config.json in the same folder is read for the backbone's name, mean and std.
     checkpoint_key: which state dict of a file that holds several; by default `teacher`, or the only one.
     arch, patch_size, in_chans: by default what the file says, or what the tensors' shapes say of a ViT.
     img_size: side in pixels of the images to come, not of those in training. A ViT's position embedding keeps the
@@ -109,9 +118,10 @@ def load_pretrained(
     state, checkpoint_key = _choose_state(checkpoint, checkpoint_key, path)
     backbone_state, head_state = _split_state(state)
     shapes = _vit_settings(backbone_state)
-    saved = _saved_settings(checkpoint)
+    saved = _saved_settings(checkpoint, path)
     given = {"arch": arch, "patch_size": patch_size, "img_size": img_size, "in_chans": in_chans}
-    settings = _first_known(given, saved, shapes)
+    is_our_vit = "cls_token" in backbone_state and all(map(VIT_PARTS.fullmatch, backbone_state))
+    settings = _first_known(given, shapes if is_our_vit else {}, saved, shapes)
     if settings["arch"] is None:
         raise UserError(f"{path}: neither its settings nor its shapes tell the backbone; name it with --arch")
 
@@ -122,7 +132,7 @@ def load_pretrained(
         return PretrainedModel(backbone, None, settings)
     _drop_classifier(backbone, backbone_state, path)
     _load_strictly(backbone, backbone_state, f"{path}: {settings['arch']}")
-    head = _build_head(backbone.embed_dim, head_state, saved["activation"], path)
+    head = _build_head(backbone.embed_dim, head_state, saved.get("activation"), path)
     settings |= {
         "checkpoint_key": checkpoint_key,
         "epoch": checkpoint.get("epoch") if isinstance(checkpoint.get("epoch"), int) else None,
@@ -131,10 +141,10 @@ def load_pretrained(
 
 
 class PretrainedModel(nn.Module):
-    """A frozen backbone, and CPLearn's head where the file has one.
+    """A frozen backbone, and its head where the file has CPLearn's or DINO's.
 
-    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, dataset, checkpoint_key and
-    epoch; None where the file does not say.
+    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, dataset, beta, prior,
+    checkpoint_key and epoch; None where the file does not say.
     """
 
     def __init__(self, backbone, head=None, settings=None):
@@ -150,12 +160,82 @@ class PretrainedModel(nn.Module):
         return self.backbone(images)
 
     def assign(self, images):
-        """Images (B, C, h, w) -> the code of each (B,) int64, or None without CPLearn's head."""
+        """Images (B, C, h, w) -> the code of each (B,) int64, or None without a head."""
         return self.assign_features(self(images))
 
     def assign_features(self, features):
-        """Features (B, D) -> the code of each (B,) int64, or None without CPLearn's head."""
+        """Features (B, D) -> the code of each (B,) int64 (of DINO's head: the prototype), or None without a head."""
         return None if self.head is None else self.head.assign(features)
+
+    def with_last_blocks(self, n_last_blocks=1, avgpool_patchtokens=False):
+        """The model whose features are those of DINO's linear probe, see `LastBlocks`; without the head."""
+        chosen = {"n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
+        return PretrainedModel(LastBlocks(self.backbone, **chosen), settings=self.settings | chosen)
+
+
+class LastBlocks(nn.Module):
+    """CLS tokens of a ViT's last n blocks, oldest first, each through the final norm: (B, n D).
+
+    avgpool_patchtokens: the mean of the last block's patch tokens beside them: (B, n D + D). With n = 1 the two are
+    interleaved (c0, p0, c1, p1, ...), the order of the linear heads that DINO released.
+    Raises UserError for other backbones, which have one feature (n = 1, no average), and for n outside [1, depth].
+    """
+
+    def __init__(self, backbone, n_last_blocks=1, avgpool_patchtokens=False):
+        super().__init__()
+        self.backbone, self.n_last_blocks, self.avgpool_patchtokens = backbone, n_last_blocks, avgpool_patchtokens
+        self.embed_dim = backbone.embed_dim * (n_last_blocks + avgpool_patchtokens)
+        self.plain = (n_last_blocks, avgpool_patchtokens) == (1, False)
+        if not self.plain and not isinstance(backbone, VisionTransformer):
+            raise UserError(
+                "--n_last_blocks and --avgpool_patchtokens are for ViTs; this backbone has one feature: use "
+                "--n_last_blocks 1 --no-avgpool_patchtokens"
+            )
+        if not self.plain and not 1 <= n_last_blocks <= len(backbone.blocks):
+            raise UserError(f"--n_last_blocks {n_last_blocks}: expected from 1 to {len(backbone.blocks)}, the blocks")
+
+    def forward(self, images):
+        if self.plain:
+            return self.backbone(images)
+        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)  # n x (B, 1 + patches, D)
+        cls_tokens = torch.cat([tokens[:, 0] for tokens in blocks], dim=1)  # (B, n D)
+        if not self.avgpool_patchtokens:
+            return cls_tokens
+        patch_mean = blocks[-1][:, 1:].mean(dim=1)  # (B, D)
+        if self.n_last_blocks == 1:
+            return torch.stack([cls_tokens, patch_mean], dim=2).flatten(1)
+        return torch.cat([cls_tokens, patch_mean], dim=1)
+
+
+class DINOHead(nn.Module):
+    """DINO's projection head for features of width `in_dim`, of the sizes that a state dict has.
+
+    Linear layers with GELU between (and batch norm, where it was trained with), unit length, then the cosine with each
+    of K prototypes times its gain. Source: Caron et al. 2021, arXiv 2104.14294, in evaluation mode.
+    """
+
+    def __init__(self, in_dim, state):
+        super().__init__()
+        norms, layers = "mlp.1.running_mean" in state, []
+        for weight in _matrices("mlp.", state):
+            layers += [nn.Linear(in_dim, len(weight)), *([nn.BatchNorm1d(len(weight))] * norms), nn.GELU()]
+            in_dim = len(weight)
+        del layers[-2 if norms else -1 :]  # nothing follows the last linear layer
+        self.mlp = nn.Sequential(*layers) if "mlp.weight" not in state else layers[0]
+        self.last_layer = nn.Module()
+        num_prototypes = len(state["last_layer.weight_v"])
+        self.last_layer.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+        self.last_layer.weight_v = nn.Parameter(torch.empty(num_prototypes, in_dim))
+
+    def forward(self, x):
+        """Backbone features (B, D) -> logits (B, K)."""
+        prototypes = F.normalize(self.last_layer.weight_v, dim=1) * self.last_layer.weight_g
+        return F.normalize(self.mlp(x), dim=1) @ prototypes.T
+
+    @torch.no_grad()
+    def assign(self, x):
+        """Backbone features (B, D) -> the prototype of each (B,) int64."""
+        return self(x).argmax(dim=1)
 
 
 def _read(path):
@@ -211,24 +291,43 @@ def _below(prefix, state):
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _saved_settings(checkpoint):
-    """What the file's `args` say (a dict in ours, an argparse.Namespace in DINO's), None where they do not."""
-    args = checkpoint.get("args", {})
+def _saved_settings(checkpoint, path):
+    """What the file says: its `args` (a dict in ours, an argparse.Namespace in DINO's), or timm's config.json."""
+    args = _timm_config(path) if str(path).endswith(".safetensors") else checkpoint.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else {}
-    names = ("arch", "img_size", "patch_size", "in_chans", "mean", "std", "dataset", "activation")
-    return {name: args.get(name) for name in names}
+    return args if isinstance(args, dict) else {}
+
+
+def _timm_config(path):
+    """The config.json beside a safetensors file, under our names; empty without one."""
+    config = Path(path).with_name("config.json")
+    if not config.is_file():
+        return {}
+    try:
+        content = json.loads(config.read_text())
+        images = content.get("pretrained_cfg", {})
+        size = images.get("input_size", (None, None))
+        return {"arch": content.get("architecture"), "mean": images.get("mean"), "std": images.get("std"),
+                "in_chans": size[0], "img_size": size[-1]}  # fmt: skip
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{config}: not a config.json as timm writes it ({error})") from error
+
+
+VIT_PARTS = re.compile(  # of DINO's ViTs and ours; timm has ViTs with more
+    r"cls_token|pos_embed|patch_embed\.proj\.\w+|norm\.\w+|head\.\w+"
+    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.\w+"
+)
 
 
 def _vit_settings(state):
     """What the shapes of a ViT's tensors say; empty for any other backbone."""
     patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-    if "cls_token" not in state or patches is None or positions is None or (patches.ndim, positions.ndim) != (4, 3):
+    if patches is None or positions is None or (patches.ndim, positions.ndim) != (4, 3):
         return {}
     embed_dim, in_chans, patch_size, _ = patches.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     archs = {(192, 12): "vit_tiny", (384, 12): "vit_small", (768, 12): "vit_base", (1024, 24): "vit_large"}
-    grid = math.isqrt(positions.shape[1] - 1)
+    grid = math.isqrt(positions.shape[1])  # of patches; the few other tokens make no whole row more
     return {
         "arch": archs.get((embed_dim, depth)),
         "img_size": grid * patch_size,
@@ -237,9 +336,11 @@ def _vit_settings(state):
     }
 
 
-def _first_known(given, saved, shapes):
-    names = ("arch", "img_size", "patch_size", "in_chans", "mean", "std", "dataset")
-    sources = (given, saved, shapes)
+def _first_known(given, certain, saved, shapes):
+    """Settings by the first source that has them. Shapes give our name to a ViT of many names (deit_small,
+    vit_small_patch16_224); they do not tell the size of images, only that of the position embedding."""
+    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "dataset", "beta", "prior")
+    sources = (given, {k: v for k, v in certain.items() if k != "img_size"}, saved, shapes)
     return {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
 
 
@@ -279,6 +380,13 @@ def _drop_classifier(backbone, state, path):
                 print(f"{path}: left out its classifier {name} ({len(weight)} classes)", file=sys.stderr)
 
 
+def _matrices(prefix, state):
+    """The weights of linear layers below a prefix, in the order of their numbers."""
+    found = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and name.endswith("weight")}
+    ordered = sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return [found[name] for name in ordered if found[name].ndim == 2]
+
+
 def _load_strictly(module, state, what):
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -306,11 +414,14 @@ def _listed(names, most=8):
 
 
 def _build_head(in_dim, state, activation, path):
-    """CPLearn's head, or None for a file without it: a bare backbone, or one trained with another method's head."""
-    if activation is None or not {"linear.weight", "seed", "scale"} <= state.keys():
+    """CPLearn's head, DINO's, or None: for a bare backbone, or one trained with another method's head."""
+    if activation is not None and {"linear.weight", "seed", "scale"} <= state.keys():
+        head = CPLearnHead.of_state(in_dim, state, activation)
+    elif {"last_layer.weight_g", "last_layer.weight_v"} <= state.keys():
+        head = DINOHead(in_dim, state)
+    else:
         return None
-    head = CPLearnHead.of_state(in_dim, state, activation)
-    _load_strictly(head, state, f"{path}: CPLearn's head")
+    _load_strictly(head, state, f"{path}: {type(head).__name__}")
     return head.eval()
 
 
@@ -318,7 +429,7 @@ def _build_head(in_dim, state, activation, path):
 
 
 @torch.no_grad()
-def extract_features(model, batches, num_samples, device, precision="fp32"):
+def extract_features(model, batches, num_samples, device, precision="fp32", title=None):
     """Features of every image, each counted once, in the data set's order.
 
     model: maps images (B, C, h, w) on `device` to (B, D); put in eval mode for the duration. A `PretrainedModel` with
@@ -327,6 +438,7 @@ def extract_features(model, batches, num_samples, device, precision="fp32"):
         that comes twice, as when shares are padded to equal length, counts once.
     num_samples: N; the indices are those from 0 to N - 1, in any order.
     precision: "fp32", "bf16" or "fp16", of the forward pass.
+    title: of a progress bar over this process's batches, on the first process of a terminal; None: no bar.
     Returns (features (N, D) float32, codes (N,) int64 or None), on CPU, all of them on every process.
     Raises ValueError where an index never comes. Memory: N x D x 4 bytes per process.
     """
@@ -337,6 +449,8 @@ def extract_features(model, batches, num_samples, device, precision="fp32"):
     owner = torch.full((num_samples,), utils.world_size())  # rank of the process that has the image; no such rank yet
     was_training = model.training
     model.eval()
+    shown = title is not None and utils.rank() == 0 and sys.stderr.isatty()
+    progress = tqdm(total=num_samples, desc=title, unit="image", disable=not shown, leave=False)
     for indices, images in batches:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = model(images.to(device, non_blocking=True))
@@ -348,6 +462,8 @@ def extract_features(model, batches, num_samples, device, precision="fp32"):
         owner[indices] = utils.rank()
         if has_codes:
             codes[indices] = model.assign_features(outputs).cpu()
+        progress.update(len(indices) * utils.world_size())
+    progress.close()
     model.train(was_training)
     return _gather(features, codes, owner)
 

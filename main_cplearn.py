@@ -381,7 +381,7 @@ def knn(run):
         )
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
-    top1 = knn_accuracy(*matrices, ks=(20,))[20]["top1"]
+    top1 = knn_accuracy(*matrices)[20, 0.07]["top1"]
     run.log.say(f"k-NN (k = 20) on {len(run.val_images)} images: {top1:.2f} %")
     return {"knn_top1": top1}
 

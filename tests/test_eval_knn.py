@@ -36,17 +36,19 @@ def vote_in_float64(train, labels, test, k, temperature, num_classes):
 def test_votes_are_those_of_the_formula():
     train, labels = clusters(300, seed=0)
     test, test_labels = clusters(80, seed=1)
-    predictions = knn_classify(train, labels, test, k=(1, 5, 20, 200), temperature=0.07)
-    accuracy = knn_accuracy(train, labels, test, test_labels, ks=(1, 5, 20, 200), temperature=0.07)
-    for k in (1, 5, 20, 200):
-        votes = vote_in_float64(train, labels, test, k, 0.07, num_classes=7)
+    grid = {"ks": (1, 5, 20, 200), "temperatures": (0.07, 0.5)}
+    predictions = knn_classify(train, labels, test, **grid)
+    accuracy = knn_accuracy(train, labels, test, test_labels, **grid)
+    assert predictions.keys() == {(k, t) for k in grid["ks"] for t in grid["temperatures"]}
+    for k, temperature in predictions:
+        votes = vote_in_float64(train, labels, test, k, temperature, num_classes=7)
         ranked = np.argsort(-votes, axis=1)[:, :5]
         ranked[np.take_along_axis(votes, ranked, 1) == 0] = -1
-        np.testing.assert_array_equal(predictions[k].numpy(), ranked)
+        np.testing.assert_array_equal(predictions[k, temperature].numpy(), ranked)
         hits = ranked == test_labels.numpy()[:, None]
-        assert accuracy[k]["top1"] == pytest.approx(100 * hits[:, 0].mean())
-        assert accuracy[k]["top5"] == pytest.approx(100 * hits.any(axis=1).mean())
-    assert 30 < accuracy[20]["top1"] < 95  # neither trivial nor chance
+        assert accuracy[k, temperature]["top1"] == pytest.approx(100 * hits[:, 0].mean())
+        assert accuracy[k, temperature]["top5"] == pytest.approx(100 * hits.any(axis=1).mean())
+    assert 30 < accuracy[20, 0.07]["top1"] < 95  # neither trivial nor chance
 
 
 def test_scikit_learn_agrees():
@@ -56,19 +58,19 @@ def test_scikit_learn_agrees():
         theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute")
         theirs.fit(train.double().numpy(), labels.numpy())
         expected = theirs.predict(test.double().numpy())
-        np.testing.assert_array_equal(knn_classify(train, labels, test, k)[k][:, 0], expected)
+        np.testing.assert_array_equal(knn_classify(train, labels, test, (k,))[k, 0.07][:, 0], expected)
 
 
 def test_a_case_by_hand():
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])  # cosines with (2, 0): 1, 0.6, 0.6
     labels, test = torch.tensor([4, 2, 2]), torch.tensor([[2.0, 0.0]])
     # class 4 gets e^(1/T), class 2 gets 2 e^(0.6/T): equal at T = 0.4 / ln 2 = 0.577
-    assert knn_classify(train, labels, test, 3, temperature=0.5)[3].tolist() == [[4, 2, -1, -1, -1]]
-    assert knn_classify(train, labels, test, 3, temperature=0.7)[3].tolist() == [[2, 4, -1, -1, -1]]
-    assert knn_classify(train, labels, test, 3, temperature=1e-3)[3][0, 0] == 4  # e^1000 does not overflow
+    assert knn_classify(train, labels, test, (3,), (0.5,))[3, 0.5].tolist() == [[4, 2, -1, -1, -1]]
+    assert knn_classify(train, labels, test, (3,), (0.7,))[3, 0.7].tolist() == [[2, 4, -1, -1, -1]]
+    assert knn_classify(train, labels, test, (3,), (1e-3,))[3, 1e-3][0, 0] == 4  # e^1000 does not overflow
     # wrong, second, absent
-    assert knn_accuracy(train, labels, test, [3], (3,)) == {3: {"top1": 0.0, "top5": 0.0}}
-    assert knn_accuracy(train, labels, test, [2], (3,)) == {3: {"top1": 0.0, "top5": 100.0}}
+    assert knn_accuracy(train, labels, test, [3], (3,)) == {(3, 0.07): {"top1": 0.0, "top5": 0.0}}
+    assert knn_accuracy(train, labels, test, [2], (3,)) == {(3, 0.07): {"top1": 0.0, "top5": 100.0}}
 
 
 def test_chunks_order_and_scale_change_nothing():
@@ -80,7 +82,7 @@ def test_chunks_order_and_scale_change_nothing():
     others = [
         knn_classify(train, labels, test, chunk_size=1),
         knn_classify(train, labels, test, chunk_size=17),
-        knn_classify(train, labels, test, k=(200, 10, 100, 20), num_classes=5000),
+        knn_classify(train, labels, test, ks=(200, 10, 100, 20)),
         knn_classify((scales * train)[shuffled], labels[shuffled], 30 * test),
         {k: ranked.flip(0) for k, ranked in knn_classify(train, labels, test.flip(0)).items()},
     ]
@@ -91,26 +93,25 @@ def test_chunks_order_and_scale_change_nothing():
 
 def test_more_than_a_thousand_classes():
     features, labels = torch.eye(3000)[:, :2000], torch.arange(3000).clamp_max(1999)
-    assert knn_accuracy(features[:2000], labels[:2000], features[:2000], labels[:2000], (1,))[1]["top1"] == 100
+    assert knn_accuracy(features[:2000], labels[:2000], features[:2000], labels[:2000], (1,))[1, 0.07]["top1"] == 100
 
 
 def test_a_chunk_stays_within_the_stated_memory(monkeypatch):
-    monkeypatch.setattr(eval_knn, "MEMORY_MB", 4)
-    asked = []
+    monkeypatch.setattr(eval_knn, "MEMORY_MB", 1)
+    votes = []
     topk = torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **kw: asked.append(x.nbytes) or topk(x, *a, **kw))
-    knn_classify(torch.randn(20_000, 4), torch.arange(20_000) % 500, torch.randn(120, 4), k=10)
-    similarities, votes = asked[::2], asked[1::2]
-    assert max(s + v for s, v in zip(similarities, votes, strict=True)) <= 4 * 2**20
-    assert len(similarities) == 3  # as many rows at a time as fit, not one
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **kw: votes.append(x.nbytes) or topk(x, *a, **kw))
+    knn_classify(torch.randn(6000, 4), torch.arange(6000) % 3000, torch.randn(120, 4), ks=(10,))
+    assert max(votes) <= 2**20
+    assert len(votes) == 3  # as many rows at a time as fit, not one
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 11}, "--nb_knn 11: expected from 1 to 10, the number of training images"),
-        ({"k": (5, 0)}, "--nb_knn 0"),
-        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"ks": (11,)}, "--nb_knn 11: expected from 1 to 10, the number of training images"),
+        ({"ks": (5, 0)}, "--nb_knn 0"),
+        ({"temperatures": (0.1, 0.0)}, "--temperature 0.0"),
         ({"train_labels": torch.tensor([0] * 9 + [-1])}, "1 of 10 training images have no label"),
         ({"train_features": torch.full((10, 3), torch.nan)}, "training features hold NaN"),
         ({"test_features": torch.full((4, 3), torch.inf)}, "test features hold NaN or infinity"),
@@ -118,7 +119,7 @@ def test_a_chunk_stays_within_the_stated_memory(monkeypatch):
 )
 def test_what_cannot_be_is_one_line(change, message):
     train, test = torch.randn(10, 3), torch.randn(4, 3)
-    arguments = {"train_features": train, "train_labels": torch.zeros(10), "test_features": test, "k": 5} | change
+    arguments = {"train_features": train, "train_labels": torch.zeros(10), "test_features": test, "ks": (5,)} | change
     with pytest.raises(UserError, match=message):
         knn_classify(**arguments)
 
@@ -149,13 +150,14 @@ def test_command_writes_its_scores(run, capsys):
     eval_knn.main([*flags, "--nb_knn", "1", "5", "--num_workers", "0", "--output_dir", str(folder / "out" / "knn")])
     results = json.loads((folder / "out" / "knn" / "results_knn.json").read_text())
     assert (results["num_train"], results["num_test"]) == (30, 18)
-    assert results["accuracy"].keys() == {"1", "5"}
-    assert results["accuracy"]["1"]["top1"] > 60  # colours tell the classes apart
-    assert results["settings"]["img_size"] == 16  # the checkpoint's, not the data set's 224
-    assert results["settings"]["mean"] == [0.5] * 3
-    assert results["model"]["arch"] == "resnet8"
-    assert results["versions"]["torch"] == torch.__version__
-    assert f"top-1 {results['accuracy']['1']['top1']:6.2f} %" in capsys.readouterr().out
+    assert [row["k"] for row in results["rows"]] == [1, 5]
+    assert results["rows"][0]["top1"] > 60  # colours tell the classes apart
+    (model,) = results["models"].values()
+    assert (model["arch"], model["img_size"]) == ("resnet8", 16)
+    assert torch.__version__.startswith(results["versions"]["torch"])
+    table = capsys.readouterr().out
+    assert f" {results['rows'][0]['top1']:.2f} | " in table
+    assert (folder / "out" / "knn" / "results_knn.md").read_text().startswith(table)
 
 
 def test_dino_s_spelling_and_batch_size_change_nothing(run, capsys):

@@ -2,6 +2,8 @@
 
 import argparse
 import functools
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ def prefixed(prefix, state):
 
 
 def dino_head():
-    shapes = {f"mlp.{i}.weight": (32, 32) for i in (0, 2, 4)} | {f"mlp.{i}.bias": (32,) for i in (0, 2, 4)}
+    shapes = {"mlp.0.weight": (32, 192), "mlp.2.weight": (32, 32), "mlp.4.weight": (32, 32)}
+    shapes |= {f"mlp.{i}.bias": (32,) for i in (0, 2, 4)}
     shapes |= {"last_layer.weight_g": (100, 1), "last_layer.weight_v": (100, 32)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
@@ -60,7 +63,6 @@ def test_dino_s_training_checkpoint(dino, key):
     source = student if key == "student" else teacher
     with torch.no_grad():
         assert torch.equal(model(IMAGES), source(IMAGES))
-    assert model.assign(IMAGES) is None
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     expected = {"arch": "vit_tiny", "patch_size": 8, "img_size": 32, "in_chans": 3, "epoch": 17, "mean": None}
@@ -156,6 +158,121 @@ def test_another_image_size_interpolates(dino):
     with torch.no_grad():
         assert torch.equal(model(x), teacher(x))
     assert model.settings["img_size"] == 48
+
+
+def test_a_name_of_dino_s_that_timm_does_not_know(tmp_path):
+    state = {"teacher": prefixed("backbone.", vit(0).state_dict())}
+    torch.save(state | {"args": argparse.Namespace(arch="deit_tiny", patch_size=8)}, tmp_path / "old.pth")
+    assert load_pretrained(tmp_path / "old.pth").settings["arch"] == "vit_tiny"
+
+
+def test_timm_s_config_stands_beside_its_safetensors(tmp_path):
+    theirs = timm.create_model("test_resnet", num_classes=0, in_chans=1).eval()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="name it with --arch"):
+        load_pretrained(tmp_path / "model.safetensors")
+    images = {"mean": [0.1], "std": [0.2], "input_size": [1, 48, 48]}
+    config = {"architecture": "test_resnet", "num_classes": 0, "pretrained_cfg": images}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_pretrained(tmp_path / "model.safetensors")
+    expected = {"arch": "test_resnet", "mean": [0.1], "std": [0.2], "in_chans": 1, "img_size": 48}
+    assert model.settings | expected == model.settings
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES[:, :1]), theirs(IMAGES[:, :1]))
+    for damaged in ("{", "[]", '{"pretrained_cfg": {"input_size": 3}}'):
+        (tmp_path / "config.json").write_text(damaged)
+        assert "not a config.json as timm writes it" in refusal(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])  # registers, norms, averages
+def test_a_vit_with_other_parts_than_ours_is_timm_s(tmp_path, arch):
+    theirs = timm.create_model(arch, num_classes=0).eval()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": arch}))
+    model = load_pretrained(tmp_path / "model.safetensors")
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images))
+
+
+# ---- DINO's head, and DINO's features for a linear probe -------------------------------------------------------------
+
+
+class TheirHead(torch.nn.Module):
+    """DINO's head as its paper describes it, with torch's own weight norm."""
+
+    def __init__(self, norms, layers, in_dim=192, hidden=24, bottleneck=10, num_prototypes=50):
+        super().__init__()
+        widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
+        parts = []
+        for i in range(layers):
+            norm = [torch.nn.BatchNorm1d(widths[i + 1])] if norms else []
+            parts += [torch.nn.Linear(widths[i], widths[i + 1]), *norm, torch.nn.GELU()]
+        parts = parts[: -2 if norms else -1]
+        self.mlp = torch.nn.Sequential(*parts) if layers > 1 else parts[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the form whose names are in DINO's files
+            self.last_layer = torch.nn.utils.weight_norm(torch.nn.Linear(bottleneck, num_prototypes, bias=False))
+
+    def forward(self, x):
+        return self.last_layer(torch.nn.functional.normalize(self.mlp(x), dim=-1))
+
+
+@pytest.mark.parametrize(("norms", "layers"), [(False, 3), (True, 3), (False, 1), (False, 2)])
+def test_dino_s_prototypes_are_codes(tmp_path, norms, layers):
+    torch.manual_seed(0)
+    theirs = TheirHead(norms, layers)
+    theirs(torch.randn(40, 192) + 1)  # moves running statistics
+    theirs.eval()
+    with torch.no_grad():
+        theirs.last_layer.weight_g.uniform_(0.5, 2)  # trained, as without --norm_last_layer
+    state = prefixed("backbone.", vit(0).state_dict()) | prefixed("head.", theirs.state_dict())
+    torch.save({"teacher": state}, tmp_path / "dino.pth")
+    model = load_pretrained(tmp_path / "dino.pth")
+    features = torch.randn(200, 192)
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(features), theirs(features), atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.assign_features(features), theirs(features).argmax(dim=1))
+    assert torch.equal(model.assign(IMAGES), model.assign_features(model(IMAGES)))
+
+
+def test_a_head_of_another_width_is_refused(tmp_path):
+    state = prefixed("backbone.", vit(0).state_dict()) | prefixed("head.", TheirHead(False, 3, in_dim=384).state_dict())
+    torch.save({"teacher": state}, tmp_path / "dino.pth")
+    assert "DINOHead: 7 of 8 tensors match" in (message := refusal(tmp_path / "dino.pth"))
+    assert "mlp.0.weight 24x384 instead of 24x192" in message
+
+
+@torch.no_grad()
+def test_last_blocks_in_dino_s_order(dino):
+    path, _, teacher = dino
+    model = load_pretrained(path)
+    tokens = teacher._pos_embed(teacher.patch_embed(IMAGES))
+    cls_tokens = []
+    for block in teacher.blocks:
+        tokens = block(tokens)
+        cls_tokens.append(teacher.norm(tokens)[:, 0])
+    mean = teacher.norm(tokens)[:, 1:].mean(dim=1)
+
+    four = model.with_last_blocks(4)
+    torch.testing.assert_close(four(IMAGES), torch.cat(cls_tokens[-4:], dim=1))
+    assert four.embed_dim == 4 * 192
+    assert (four.settings["n_last_blocks"], four.head) == (4, None)
+    averaged = model.with_last_blocks(2, avgpool_patchtokens=True)
+    torch.testing.assert_close(averaged(IMAGES), torch.cat([*cls_tokens[-2:], mean], dim=1))
+    released = model.with_last_blocks(1, avgpool_patchtokens=True)(IMAGES)  # c0, p0, c1, p1, ...
+    torch.testing.assert_close(released[:, 0::2], cls_tokens[-1])
+    torch.testing.assert_close(released[:, 1::2], mean)
+    assert torch.equal(model.with_last_blocks()(IMAGES), model(IMAGES))
+
+
+def test_last_blocks_that_are_not_there(dino):
+    with pytest.raises(UserError, match="--n_last_blocks 13: expected from 1 to 12"):
+        load_pretrained(dino[0]).with_last_blocks(13)
+    plain = PretrainedModel(build_backbone("resnet8", width=6))
+    assert plain.with_last_blocks().embed_dim == 6
+    with pytest.raises(UserError, match="are for ViTs"):
+        plain.with_last_blocks(1, avgpool_patchtokens=True)
 
 
 # ---- what does not open ----------------------------------------------------------------------------------------------

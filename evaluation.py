@@ -1,0 +1,339 @@
+"""What the evaluations share: their flags, the models they compare, the features of each, and one table of results.
+
+    parser = evaluation_parser("eval_x.py", "...")
+    subjects = open_subjects(args, device)                         # one for each --checkpoint, and the --baselines
+    images = open_images(subjects, "val", labels_for="k-NN")       # the same images for all of them
+    for subject, (features, codes) in extract_all(subjects, images):    # on the first process; the others are done
+        rows.append({"checkpoint": subject.name, ...})
+    report("x", rows, {"top1": ("top-1 %", ".2f")}, args, subjects)     # terminal, results_x.md, results_x.json
+
+Shapes: N images, D features.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import data
+import features
+import utils
+from utils import UserError
+
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with any kind of colour vision
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def evaluation_parser(prog, description):
+    """A parser with the flags that every evaluation takes."""
+    parser = utils.ArgumentParser(prog, description)
+    data.add_dataset_arguments(parser)
+    parser.set_defaults(dataset=None)  # the checkpoint's
+    features.add_checkpoint_arguments(parser, several=True)
+    add = parser.add_argument
+    add(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also evaluate raw pixels, and the first checkpoint's backbone with random weights: what training must "
+        "beat",
+    )
+    add(
+        "--batch_size_per_gpu", "--batch_size", dest="batch_size", type=int, default=128,
+        help="images per forward pass and process; any value, same result",
+    )  # fmt: skip
+    add(
+        "--features_dir",
+        default=None,
+        help="folder in which features are kept: the next evaluation of the same model on the same images reads them",
+    )
+    add("--output_dir", default=None, help="folder for tables and figures (default: the table is only printed)")
+    add("--seed", type=int, default=0, help="of everything that is drawn at random")
+    return parser
+
+
+# ---- the models under comparison -------------------------------------------------------------------------------------
+
+
+class Subject:
+    """One of the models under comparison.
+
+    .name: what tells its path from the others'.  .model: `features.PretrainedModel`.  .args: the evaluation's flags,
+    with those about images as this model was trained.  .extract(images): its features.
+    """
+
+    def __init__(self, name, model, args, device):
+        self.name, self.model, self.args, self.device = name, model, args, device
+
+    def extract(self, images):
+        """(features (N, D) float32, codes (N,) int64 or None) of all images, on every process, on CPU; read from
+        --features_dir where they are there, and then mapped into memory, not loaded. Processes call it together."""
+        if self.args.features_dir is None:
+            return self._compute(images)
+        folder = Path(self.args.features_dir) / self._cache_key(images)
+        if not agreed(folder.is_dir()):
+            matrices = self._compute(images)
+            if utils.rank() == 0:
+                store_features(folder, *matrices, self._cache_meaning(images))
+            agreed(True)  # the others wait for the first
+        return load_features(folder)
+
+    def _compute(self, images):
+        args = self.args
+        batches = data.eval_batches(
+            images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
+            rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
+        )  # fmt: skip
+        model = self.model.to(self.device)
+        found = features.extract_features(model, batches, len(images), self.device, args.precision, self.name)
+        self.model.cpu()  # room for the next one
+        return found
+
+    def _cache_meaning(self, images):
+        """Everything that features depend on."""
+        image_flags = {name: getattr(self.args, name) for name in ("img_size", "in_chans", "mean", "std", "precision")}
+        return {
+            "weights": fingerprint(self.model),
+            "model": self.model.settings,
+            "images": images.fingerprint,
+            "num_images": len(images),
+            **image_flags,
+        }
+
+    def _cache_key(self, images):
+        return hashlib.sha256(json.dumps(self._cache_meaning(images), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(model):
+    """Of a model's tensors, their names and values: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def open_subjects(args, device):
+    """A `Subject` for each --checkpoint, after those of --baselines.
+
+    All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
+    must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
+    """
+    make_folder(args.output_dir, "--output_dir")
+    make_folder(args.features_dir, "--features_dir")
+    args.precision = features.choose_precision(args.precision, device)
+    subjects = []
+    for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
+        own = copy.copy(args)
+        own.checkpoint, own.checkpoint_key = split_key(path, args.checkpoint_key)
+        model = features.open_model(own, device)
+        data.resolve_dataset_defaults(own)
+        subjects.append(Subject(name, model, own, device))
+    trained_on = {subject.args.dataset for subject in subjects}
+    if len(trained_on) > 1:
+        raise UserError(f"the checkpoints were trained on different data sets, {trained_on}: name one with --dataset")
+    return (baselines(subjects[0]) if args.baselines else []) + subjects
+
+
+def baselines(subject):
+    """Raw pixels, and the subject's backbone as it was made, before any training (torch's generator, --seed)."""
+    args, settings = subject.args, subject.model.settings
+    names = ("arch", "patch_size", "img_size", "in_chans")
+    given = {name: getattr(args, name) if name in ("img_size", "in_chans") else settings[name] for name in names}
+    torch.manual_seed(args.seed)
+    untrained = features.load_pretrained(args.checkpoint, args.checkpoint_key, **given, random_weights=True)
+    pixels = nn.Flatten()
+    pixels.embed_dim = args.in_chans * args.img_size**2
+    pixels = features.PretrainedModel(pixels, settings={"arch": "raw pixels"})
+    return [Subject("raw pixels", pixels, args, subject.device),
+            Subject("random weights", untrained, args, subject.device)]  # fmt: skip
+
+
+def split_key(path, checkpoint_key):
+    """ "dino.pth:student" -> ("dino.pth", "student"); any other path -> (path, checkpoint_key)."""
+    file, _, key = path.rpartition(":")
+    return (file, key) if file and not os.path.exists(path) and os.path.exists(file) else (path, checkpoint_key)
+
+
+def short_names(paths):
+    """The parts of each path in which it differs from the others: runs/a/checkpoint.pth, runs/b/... -> a, b."""
+    if len(set(paths)) < len(paths):
+        raise UserError(f"--checkpoint names the same file twice: {' '.join(paths)}")
+    if len(paths) == 1:
+        return [paths[0]]
+    parts = [Path(path).parts for path in paths]
+    while len({p[-1] for p in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [p[:-1] for p in parts]
+    while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [p[1:] for p in parts]
+    return ["/".join(p) for p in parts]
+
+
+def open_images(subjects, split, labels_for=None):
+    """The images that all subjects are evaluated on. split: "train" or "val".
+
+    labels_for: what needs their labels, such as "k-NN"; None: labels are not needed.
+    Raises UserError where they cannot be found, or have no labels or only one class although those are needed.
+    """
+    args = subjects[0].args
+    images = data.open_dataset(args, split)
+    if labels_for is not None:
+        if images.labels is None:
+            raise UserError(
+                f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs class folders"
+            )
+        if len(np.unique(images.labels)) < 2:
+            raise UserError(
+                f"--data_path {args.data_path}: its {split} images are of one class; {labels_for} needs two"
+            )
+    return images
+
+
+def open_train_and_val(subjects, labels_for):
+    """Both splits, labelled, of the same classes."""
+    train_images, val_images = (open_images(subjects, split, labels_for) for split in ("train", "val"))
+    if train_images.classes != val_images.classes:  # labels count the folders of a split
+        raise UserError(
+            f"--data_path {subjects[0].args.data_path}: train and val have different class folders; see --class_list"
+        )
+    return train_images, val_images
+
+
+def extract_all(subjects, *image_sets):
+    """Features of every subject on every set of images, by all processes together.
+
+    Returns [(subject, (features, codes) of the first set, of the second, ...)] on the first process. On the others an
+    empty list: they have done their share and may end, rather than wait for the first one until a time-out.
+    """
+    found = [(subject, *map(subject.extract, image_sets)) for subject in subjects]
+    return found if utils.rank() == 0 else []
+
+
+# ---- features on disk ------------------------------------------------------------------------------------------------
+
+
+def store_features(folder, matrix, codes, meaning):
+    """Write them beside `folder`, then rename, so that a folder is whole. Read by `load_features`, and by numpy."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        np.save(aside / "features.npy", matrix.numpy())
+        if codes is not None:
+            np.save(aside / "codes.npy", codes.numpy())
+        (aside / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
+        os.replace(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"--features_dir {folder.parent}: cannot be written: {error.strerror}") from error
+
+
+def load_features(folder):
+    """(features, codes or None) as tensors that are mapped into memory; changes to them never reach the file."""
+    try:
+        arrays = [
+            torch.from_numpy(np.load(folder / name, mmap_mode="c")) if (folder / name).exists() else None
+            for name in ("features.npy", "codes.npy")
+        ]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder}: damaged ({error}); remove the folder, it is made anew") from error
+    return tuple(arrays)
+
+
+def agreed(condition):
+    """Whether the first process says so: a file may be seen by one process and not yet by another."""
+    answer = torch.tensor(int(condition))
+    if utils.world_size() > 1:
+        dist.broadcast(answer, src=0)
+    return bool(answer)
+
+
+# ---- one table of results --------------------------------------------------------------------------------------------
+
+
+def report(name, rows, columns, args, subjects, **more):
+    """Print rows as a table; with --output_dir write results_<name>.md and results_<name>.json. First process only.
+
+    rows: dicts, one per line of the table.  columns: {key: (title, format)} of what the table shows, in its order; a
+    row without the key, or with None, shows a dash. JSON gets all keys, with settings, models, versions and `more`.
+    """
+    table = markdown_table(rows, columns)
+    print(table, flush=True)
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        command = shlex.join([f"python {Path(sys.argv[0]).name}", *sys.argv[1:]]).replace("'", "", 2)
+        (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n")
+        results = {"rows": rows} | more | {
+            "settings": vars(args),
+            "models": {subject.name: subject.model.settings for subject in subjects},
+            "versions": versions(),
+        }  # fmt: skip
+        (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def markdown_table(rows, columns):
+    """Aligned, so that a terminal shows it as well."""
+    cells = [[title for title, _ in columns.values()]]
+    for row in rows:
+        values = {key: row.get(key) for key in columns}
+        cells.append(["-" if v is None else format(v, columns[key][1]) for key, v in values.items()])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    numeric = [any(isinstance(row.get(key), int | float) for row in rows) for key in columns]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)) + " |"
+        for line in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def versions():
+    """Of Python and of the packages whose code a score depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "faiss-gpu", "faiss-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def make_folder(path, flag):
+    """Before the work begins rather than after it; None stays None."""
+    try:
+        if path is not None:
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from error
+
+
+def pyplot():
+    """matplotlib's pyplot without a screen, in the style of all our figures; imported late, --help need not wait."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({
+        "axes.prop_cycle": plt.cycler(color=PALETTE),
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 150,
+    })  # fmt: skip
+    return plt
