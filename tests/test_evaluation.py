@@ -89,6 +89,14 @@ def test_one_of_several_models_in_a_file_and_baselines(folder):
     assert evaluation.fingerprint(again.model) == evaluation.fingerprint(untrained.model)
 
 
+def test_a_colon_in_a_file_s_own_name(folder):
+    name = "a/checkpoint:student.pth"
+    os.link(folder / "a" / "checkpoint.pth", folder / name)
+    (subject,) = open_subjects(parsed(folder, name, checkpoint_key="student"), CPU)
+    assert subject.model.settings["checkpoint_key"] == "student"
+    assert evaluation.split_key("lost:file.pth", None) == ("lost:file.pth", None)
+
+
 @pytest.mark.parametrize("sizes", [(1, 128), (27, 5)])
 def test_batch_size_changes_no_feature(folder, sizes):
     (one, *_), images = both(folder, batch_size=sizes[0])
@@ -134,7 +142,7 @@ def test_whatever_changes_features_changes_their_name(folder, tmp_path):
     changed.model.backbone.block1.conv1.bias[0] += 1e-6
     keys.add(changed._cache_key(images))
     write_class_folders(tmp_path / "val")
-    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "ant" / "one_more.png")
+    (tmp_path / "val" / "ant" / "0.jpg").rename(tmp_path / "val" / "ant" / "00.jpg")
     subject.args.data_path = str(tmp_path)
     keys.add(subject._cache_key(open_images([subject], "val")))
     assert len(keys) == 9
