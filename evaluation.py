@@ -193,7 +193,8 @@ def open_images(subjects, split, labels_for=None):
     if labels_for is not None:
         if images.labels is None:
             raise UserError(
-                f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs class folders"
+                f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs two class folders "
+                "or more"
             )
         if len(np.unique(images.labels)) < 2:
             raise UserError(

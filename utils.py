@@ -11,6 +11,7 @@ import pickle
 import random
 import signal
 import sys
+import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -352,7 +353,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
     try:
-        with torch.serialization.safe_globals(_harmless_types()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
+            warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())

@@ -203,7 +203,7 @@ def test_images_without_labels_or_of_one_class(folder, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "val" / "y.png")
     subject.args.data_path = str(tmp_path / "flat")
     assert len(open_images([subject], "val")) == 2
-    with pytest.raises(UserError, match="its val images have no labels; purity needs class folders"):
+    with pytest.raises(UserError, match="its val images have no labels; purity needs two class folders"):
         open_images([subject], "val", labels_for="purity")
     (tmp_path / "empty" / "val").mkdir(parents=True)
     subject.args.data_path = str(tmp_path / "empty")
