@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from augmentation import (
@@ -192,17 +192,18 @@ class TrainLoader:
     batch_size: per process. Step s of an epoch takes images [s G, (s + 1) G) of the epoch's order, with
     G = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
     number of processes at equal G. What is left over at the end of an epoch is dropped.
+    recipe: of the views; by default the one that the flags of augmentation.py name.
     Raises UserError if there are fewer images than one batch, or args.in_chans cannot be made from the images.
 
     .steps_per_epoch, .num_views; .bad_images {name: reason} of the files this process could not read so far;
     .num_bad_images how many of them it met in the current epoch.
     """
 
-    def __init__(self, images, args, batch_size, rank=0, world_size=1):
+    def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None):
         self.images, self.batch_size, self.rank, self.world_size = images, batch_size, rank, world_size
         self.seed, self.max_bad_images = args.seed, args.max_bad_images
-        self.recipe = make_recipe(args)
-        self.num_views = 2 + args.local_crops_number
+        self.recipe = recipe or make_recipe(args)
+        self.num_views = sum(len(group.views) for group in self.recipe.view_groups())
         self.steps_per_epoch = len(images) // (batch_size * world_size)
         self.bad_images, self.num_bad_images = {}, 0
         check_channels(images, args.in_chans)
@@ -702,6 +703,8 @@ def load_image(path, channels=3):
             return decode(Path(path).read_bytes(), channels)
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # PIL's own words name an object in memory
+        raise BadImage("not an image of any format that PIL knows") from error
     except Exception as error:  # decoders raise nearly every type there is on a damaged file
         raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
 

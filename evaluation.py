@@ -91,6 +91,10 @@ class Subject:
             agreed(True)  # the others wait for the first
         return load_features(folder)
 
+    def describe(self):
+        """What tells this model from any other: its settings, and a fingerprint of its weights."""
+        return self.model.settings | {"weights": fingerprint(self.model)}
+
     def _compute(self, images):
         args = self.args
         batches = data.eval_batches(
@@ -106,8 +110,7 @@ class Subject:
         """Everything that features depend on."""
         image_flags = {name: getattr(self.args, name) for name in ("img_size", "in_chans", "mean", "std", "precision")}
         return {
-            "weights": fingerprint(self.model),
-            "model": self.model.settings,
+            "model": self.describe(),
             "images": images.fingerprint,
             "num_images": len(images),
             **image_flags,
@@ -193,8 +196,8 @@ def open_images(subjects, split, labels_for=None):
     if labels_for is not None:
         if images.labels is None:
             raise UserError(
-                f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs two class folders "
-                "or more"
+                f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs two class "
+                "folders or more"
             )
         if len(np.unique(images.labels)) < 2:
             raise UserError(
@@ -279,7 +282,7 @@ def report(name, rows, columns, args, subjects, **more):
         (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n")
         results = {"rows": rows} | more | {
             "settings": vars(args),
-            "models": {subject.name: subject.model.settings for subject in subjects},
+            "models": {subject.name: subject.describe() for subject in subjects},
             "versions": versions(),
         }  # fmt: skip
         (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")

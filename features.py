@@ -299,7 +299,7 @@ def _saved_settings(checkpoint, path):
 
 
 def _timm_config(path):
-    """The config.json beside a safetensors file, under our names; empty without one."""
+    """The config.json beside a safetensors file, under our names; empty without one. `dataset` is export_backbone's."""
     config = Path(path).with_name("config.json")
     if not config.is_file():
         return {}
@@ -308,7 +308,7 @@ def _timm_config(path):
         images = content.get("pretrained_cfg", {})
         size = images.get("input_size", (None, None))
         return {"arch": content.get("architecture"), "mean": images.get("mean"), "std": images.get("std"),
-                "in_chans": size[0], "img_size": size[-1]}  # fmt: skip
+                "in_chans": size[0], "img_size": size[-1], "dataset": content.get("dataset")}  # fmt: skip
     except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(f"{config}: not a config.json as timm writes it ({error})") from error
 

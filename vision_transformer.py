@@ -79,7 +79,7 @@ class VisionTransformer(TimmVisionTransformer):
             dynamic_img_size=True,
         )
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # as DINO; timm has 1e-6 here and agrees with DINO elsewhere
-        self.patch_size = patch_size
+        self.patch_size, self.in_chans = patch_size, in_chans
         self.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, x):

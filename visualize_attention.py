@@ -1,0 +1,347 @@
+"""What a ViT looks at: its CLS token's attention in the last block, and its patch features as colours.
+
+    python visualize_attention.py --checkpoint runs/x/checkpoint.pth --image_path photo.jpg --output_dir attention
+    python visualize_attention.py --checkpoint dino_deitsmall8_pretrain.pth --image_path photos --image_size 480 480
+
+Flags and files as in DINO's script: img.png, attn-head0.png, mask_th0.6_head0.png, ... Beside them pca.png and
+overview.png, all in one figure. A folder of images gets a folder for each, and contact_sheet.png with all of them.
+
+Shapes: H heads, h x w pixels, r x c patches, D width.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import augmentation
+import data
+import evaluation
+import features
+import utils
+import vision_transformer
+from utils import UserError
+
+MOST_PIXELS = 480 * 640  # of an image at its own size: attention takes memory with the square of the patches
+ROWS_PER_SHEET = 6
+FILES = ("img.png", "pca.png", "overview.png")  # of an image, beside those of its heads
+CLIPPED = 1  # percent of the patches at either end of a principal component
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("visualize_attention.py", "Attention maps and patch features of a ViT, as pictures.")
+    features.add_checkpoint_arguments(parser)
+    parser.set_defaults(in_chans=None, mean=None, std=None)  # the checkpoint's
+    add = parser.add_argument
+    add(
+        "--image_path", required=True, metavar="PATH",
+        help="an image, or a folder of images with the folders below it; their patch features stay in memory",
+    )  # fmt: skip
+    add(
+        "--image_size", type=int, nargs="+", default=None, metavar="PX",
+        help="height and width, or one number for both, rounded to whole patches (default: the image's own size, "
+        f"reduced to at most {MOST_PIXELS} pixels)",
+    )  # fmt: skip
+    add(
+        "--threshold", type=float, default=0.6,
+        help="masks: share of a head's attention, from 0 to 1, that the fewest patches hold together",
+    )  # fmt: skip
+    add(
+        "--pca", choices=("joint", "each"), default="joint",
+        help="principal components of all images' patches together, so that a colour means the same in all of them, or "
+        "of each image alone",
+    )  # fmt: skip
+    add("--output_dir", default=".", help="folder for the pictures")
+    return parser
+
+
+@utils.command_line
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    check_flags(args)
+    device = utils.init_distributed(args.device)
+    if utils.rank() > 0:
+        return  # a few pictures are the work of one process
+    folders = image_folders(args.image_path, Path(args.output_dir))
+    model = open_vit(args, device)
+    evaluation.make_folder(args.output_dir, "--output_dir")
+    sights = see_all(model.backbone, folders, args, device)
+    colours, variance = pca_colours([sight.tokens for sight in sights], args.pca)
+    for sight, picture in zip(sights, colours, strict=True):
+        evaluation.make_folder(folders[sight.path], "--output_dir")
+        save_pictures(sight, picture, args.threshold, folders[sight.path])
+        plot_overview(sight, picture, args.threshold, folders[sight.path] / "overview.png")
+    if os.path.isdir(args.image_path):
+        plot_contact_sheets(sights, colours, Path(args.output_dir))
+    print(f"{args.output_dir}: {len(sights)} of {len(folders)} images; colours show {variance:.0f} % of the variance")
+
+
+def check_flags(args):
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: expected a share of the attention, from 0 to 1")
+    if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
+        raise UserError(f"--image_size {args.image_size}: expected height and width in pixels, or one number for both")
+    image, folder = Path(args.image_path).resolve(), Path(args.output_dir).resolve()
+    if image in (folder, *folder.parents) or image in (folder / name for name in FILES):
+        raise UserError(f"--output_dir {args.output_dir}: its pictures would mix with --image_path {args.image_path}")
+
+
+def image_folders(image_path, output_dir):
+    """{image file: folder of its pictures}: output_dir for one image; for a folder, one below it by the image's name,
+    with its ending where two images differ in nothing else."""
+    if not os.path.isdir(image_path):
+        return {image_path: output_dir}
+    names = [os.fsdecode(name) for name in data.scan(os.fsencode(image_path))[0]]
+    if not names:
+        raise UserError(f"--image_path {image_path}: no image in it; looked for {' '.join(data.EXTENSIONS)}")
+    stems = [os.path.splitext(name)[0] for name in names]
+    count = Counter(stems)
+    return {
+        os.path.join(image_path, name): output_dir / (stem if count[stem] == 1 else name)
+        for name, stem in zip(names, stems, strict=True)
+    }
+
+
+def open_vit(args, device):
+    """The model that the flags name; fills in args.in_chans, .mean and .std."""
+    model = features.open_model(args, device)
+    arch, dataset = model.settings["arch"], model.settings["dataset"]
+    if not isinstance(model.backbone, vision_transformer.VisionTransformer):
+        raise UserError(
+            f"{args.checkpoint}: {arch} shows no attention; expected one of {', '.join(vision_transformer.ARCHS)}"
+        )
+    known = data.DATASETS[dataset if dataset in data.DATASETS else "imagefolder"]
+    for name in ("mean", "std"):
+        if getattr(args, name) is None:
+            setattr(args, name, data.fit_channels(known[name], args.in_chans))
+    return model
+
+
+# ---- an image -> what the model makes of it --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Sight:
+    """path; pixels: uint8 (h, w, 3), as the model got them; attention: float32 (H, r, c), what CLS gives to each patch
+    of its attention, which sums to 1 with what it gives to itself; tokens: float32 (r, c, D)."""
+
+    path: str
+    pixels: np.ndarray
+    attention: np.ndarray
+    tokens: torch.Tensor
+
+
+def see_all(backbone, paths, args, device):
+    """A `Sight` of every image that can be read. Raises UserError where none can; of several the bad ones are named."""
+    sights = []
+    for path in paths:
+        try:
+            image = data.load_image(path, args.in_chans)
+        except data.BadImage as error:
+            if len(paths) == 1:
+                raise UserError(f"--image_path {path}: {error}; expected an image") from error
+            print(f"skipped {path}: {error}", file=sys.stderr)
+        else:
+            sights.append(see(backbone, path, image, args, device))
+    if not sights:
+        raise UserError(f"--image_path {args.image_path}: none of its {len(paths)} images can be read")
+    return sights
+
+
+def see(backbone, path, image, args, device):
+    """image: uint8 (C, H, W) of any size."""
+    size = size_in_patches(image.shape[1:], backbone.patch_size, args.image_size)
+    image = augmentation.resize(image, size)
+    x = augmentation.normalize(image[None].to(device) / 255, args.mean, args.std)
+    dtype = features.PRECISIONS[args.precision]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        attention, tokens = attention_and_tokens(backbone, x)
+    pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return Sight(path, pixels, attention[0].float().cpu().numpy(), tokens[0].float().cpu())
+
+
+def size_in_patches(own, patch_size, wanted=None):
+    """(height, width) in pixels, the multiples of patch_size nearest to `wanted` (one or two numbers); None: to the
+    image's `own` size, reduced to `MOST_PIXELS`, its aspect kept."""
+    height, width = own if wanted is None else (wanted[0], wanted[-1])
+    scale = 1 if wanted else min(1, math.sqrt(MOST_PIXELS / (height * width)))
+    return tuple(max(1, round(scale * side / patch_size)) * patch_size for side in (height, width))
+
+
+@torch.no_grad()
+def attention_and_tokens(backbone, x):
+    """Images (B, C, h, w) -> (B, H, r, c) and (B, r, c, D), in one pass.
+
+    The first is row 0 of `get_last_selfattention` without CLS itself, and without the memory of the other rows; the
+    second are the patch tokens after the final norm.
+    """
+    grid = [side // backbone.patch_size for side in x.shape[2:]]
+    last, inputs = backbone.blocks[-1].attn, []
+    hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    tokens = backbone.get_intermediate_layers(x)[0]
+    hook.remove()
+    q, k, _ = last.project(inputs[0])
+    attention = last.weights(q[:, :, :1], k)  # (B, H, 1, 1 + N)
+    return attention[:, :, 0, 1:].unflatten(-1, grid), tokens[:, 1:].unflatten(1, grid)
+
+
+# ---- numbers -> colours ----------------------------------------------------------------------------------------------
+
+
+def attention_mask(attention, threshold):
+    """The fewest patches of each head that together hold the share `threshold` of its attention to patches, as DINO.
+
+    attention: (H, r, c), not negative.  threshold: in [0, 1].  Returns bool (H, r, c).
+    """
+    flat = attention.reshape(len(attention), -1).astype(np.float64)
+    order = flat.argsort(axis=1, kind="stable")
+    rising = np.take_along_axis(flat, order, 1)
+    mass = rising.cumsum(axis=1)  # from the faintest patch on
+    kept = mass > (1 - threshold) * mass[:, -1:] * (1 + 1e-12)  # rounding does not let one more in
+    mask = np.zeros_like(kept)
+    np.put_along_axis(mask, order, kept, axis=1)
+    return mask.reshape(attention.shape)
+
+
+def pca_colours(tokens, how):
+    """The first three principal components of patch features as red, green and blue.
+
+    tokens: list of (r, c, D), of several images.  how: "joint" over all patches of all images, or "each" image alone.
+    Each component runs from 0 to 1 between its percentiles `CLIPPED` and 100 - `CLIPPED`; one that does not vary is
+    0.5. A component's sign, which PCA leaves open, makes its largest loading positive.
+    Returns ([float64 (r, c, 3) in [0, 1], one per image], percent of the variance that the components hold).
+    """
+    groups = [tokens] if how == "joint" else [[each] for each in tokens]
+    colours, shares = [], []
+    for group in groups:
+        scores, share = principal_components(torch.cat([each.flatten(0, 1) for each in group]))
+        ends = np.cumsum([each.shape[0] * each.shape[1] for each in group])
+        parts = np.split(to_unit_range(scores), ends[:-1])
+        colours += [part.reshape(*each.shape[:2], 3) for part, each in zip(parts, group, strict=True)]
+        shares.append(100 * share)
+    return colours, float(np.mean(shares))
+
+
+def principal_components(x, num=3):
+    """(N, D) -> float64 (N, num), scores on the first components, and the share of the variance that they hold."""
+    x = x.double() - x.double().mean(dim=0)
+    variances, directions = torch.linalg.eigh(x.T @ x)  # rising
+    directions = directions[:, -num:].flip(1)  # (D, num)
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))  # (1, num)
+    share = variances[-num:].sum() / variances.sum().clamp_min(torch.finfo(x.dtype).tiny)
+    return (x @ (directions * largest.sign())).numpy(), float(share)
+
+
+def to_unit_range(scores):
+    low, high = np.percentile(scores, [CLIPPED, 100 - CLIPPED], axis=0)
+    varies = high - low > 1e-6 * np.abs(scores).max()  # what rounding leaves is not a signal
+    return np.where(varies, ((scores - low) / np.where(varies, high - low, 1)).clip(0, 1), 0.5)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def save_pictures(sight, colours, threshold, folder):
+    """DINO's files and pca.png, each h x w pixels. A map is violet at its minimum and yellow at its maximum."""
+    plt = evaluation.pyplot()
+    plt.imsave(folder / "img.png", np.ascontiguousarray(sight.pixels))
+    plt.imsave(folder / "pca.png", enlarged(colours, sight))
+    masks = attention_mask(sight.attention, threshold)
+    for head, (attention, mask) in enumerate(zip(sight.attention, masks, strict=True)):
+        plt.imsave(folder / f"attn-head{head}.png", enlarged(attention, sight))
+        plt.imsave(folder / f"mask_th{threshold:g}_head{head}.png", painted(sight, {head: mask}))
+
+
+def enlarged(patches, sight):
+    """(r, c, ...) -> (h, w, ...), every patch a square of one colour."""
+    side = len(sight.pixels) // len(patches)
+    return patches.repeat(side, axis=0).repeat(side, axis=1)
+
+
+def painted(sight, masks):
+    """The image in gray where no mask is set, and in the head's colour where one is; where several are, in that of the
+    head with most of its attention there. masks: {head: bool (r, c)}. Returns uint8 (h, w, 3)."""
+    plt = evaluation.pyplot()
+    gray = np.repeat(sight.pixels.mean(axis=2, keepdims=True) / 255, 3, axis=2)
+    strength = np.stack([np.where(mask, sight.attention[head], 0) for head, mask in masks.items()])
+    colours = np.array([plt.matplotlib.colors.to_rgb(head_colour(head)) for head in masks])
+    colour = enlarged(colours[strength.argmax(axis=0)], sight)
+    covered = enlarged(np.any(list(masks.values()), axis=0), sight)[..., None]
+    return np.rint(255 * np.where(covered, 0.4 * gray + 0.6 * colour, 0.6 * gray + 0.4)).astype(np.uint8)
+
+
+def head_colour(head):
+    return evaluation.PALETTE[head % len(evaluation.PALETTE)]
+
+
+def plot_overview(sight, colours, threshold, path):
+    """One figure: image, mean attention, masks of all heads, patch features, then every head, framed in its colour."""
+    plt = evaluation.pyplot()
+    masks, mean = attention_mask(sight.attention, threshold), sight.attention.mean(axis=0)
+    panels = [
+        (short_name(sight.path, 32), sight.pixels),
+        (f"mean of heads, {attention_range(mean)}", mean),
+        (f"{100 * threshold:g} % of each head's attention", painted(sight, dict(enumerate(masks)))),
+        ("patch features, 3 components", colours),
+        *((f"head {head}, {attention_range(attention)}", attention) for head, attention in enumerate(sight.attention)),
+    ]
+    columns = 5 if len(panels) % 5 == 0 else 4
+    rows = math.ceil(len(panels) / columns)
+    height, width = sight.pixels.shape[:2]
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, rows * (2.6 * height / width + 0.3)))
+    for axis, (title, picture) in zip(axes.flat, panels, strict=False):
+        draw(axis, picture, title)
+    for head, axis in enumerate(axes.flat[4 : len(panels)]):
+        axis.spines[:].set(visible=True, color=head_colour(head), linewidth=3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def attention_range(attention):
+    """What the colours of a map stand for."""
+    return f"{100 * attention.min():.2f} to {100 * attention.max():.2f} %"
+
+
+def short_name(path, most):
+    """Of a file: its end, as much as fits above a panel."""
+    name = os.path.basename(path)
+    return name if len(name) <= most else f"...{name[3 - most :]}"
+
+
+def draw(axis, picture, title=None):
+    axis.imshow(picture, interpolation="nearest", cmap="viridis")
+    axis.set_title(title, fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+
+
+def plot_contact_sheets(sights, colours, folder):
+    """A row for each image: itself, the mean of its heads' attention, its patch features; a file for every
+    `ROWS_PER_SHEET` of them."""
+    plt = evaluation.pyplot()
+    rows = list(zip(sights, colours, strict=True))
+    for sheet, start in enumerate(range(0, len(rows), ROWS_PER_SHEET)):
+        chosen = rows[start : start + ROWS_PER_SHEET]
+        heights = [2.2 * len(sight.pixels) / sight.pixels.shape[1] for sight, _ in chosen]
+        figure, axes = plt.subplots(
+            len(chosen), 3, squeeze=False, figsize=(7, sum(heights) + 0.25 * len(chosen)), height_ratios=heights
+        )
+        for line, (sight, picture) in zip(axes, chosen, strict=True):
+            mean = sight.attention.mean(axis=0)
+            draw(line[0], sight.pixels, short_name(sight.path, 34))
+            draw(line[1], mean, f"attention, {attention_range(mean)}")
+            draw(line[2], picture, "patch features")
+        figure.savefig(folder / f"contact_sheet{f'_{sheet + 1}' if sheet else ''}.png")
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
