@@ -141,6 +141,28 @@ def make_recipe(args):
     )
 
 
+def make_crop_recipe(args):
+    """One view per image, as linear classifiers are trained on (eval_linear.py of DINO): a random resized crop of 8 to
+    100 % of the area, flipped with probability 1/2 (not svhn), and nothing else. args: resolved flags of the data, and
+    args.seed."""
+    nothing = (0.0, 0.0, 0.0)
+    return Recipe(
+        seed=args.seed,
+        in_chans=args.in_chans,
+        mean=tuple(args.mean),
+        std=tuple(args.std),
+        global_views=ViewGroup((0,), args.img_size, (0.08, 1.0), pad_crop=False),
+        local_views=ViewGroup((), args.img_size, (0.08, 1.0), pad_crop=False),
+        flip=0.0 if args.dataset == "svhn" else 0.5,
+        jitter=0.0,
+        jitter_strength=(0.0, *nothing),
+        gray=0.0,
+        blur=nothing,
+        solarize=nothing,
+        noise_std=0.0,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ViewGroup:
     """The views of one size: they go through every operation together."""

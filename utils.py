@@ -44,6 +44,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """--x / --no-x, and DINO's spelling: --x true, --x false."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, **options)
+        self.nargs, self.metavar = "?", "BOOL"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        answers = {None: True, "true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+        value = value if value is None else value.lower()
+        if value not in answers:
+            raise argparse.ArgumentError(self, f"{value!r}: expected true or false")
+        setattr(namespace, self.dest, answers[value] != option_string.startswith("--no-"))
+
+
 def command_line(main):
     """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code."""
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from utils import (
     Agreement,
+    ArgumentParser,
+    Switch,
     UserError,
     all_gather_rows,
     all_reduce_mean,
@@ -191,3 +193,17 @@ def test_truncated_files_are_refused(tmp_path, share):
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], False), (["--pool"], True), (["--no-pool"], False), (["--pool", "true"], True), (["--pool", "False"], False),
+     (["--pool", "1"], True), (["--no-pool", "true"], False), (["--pool", "--other", "3"], True)],
+)  # fmt: skip
+def test_a_switch_takes_dino_s_spelling(words, expected):
+    parser = ArgumentParser("x.py", "")
+    parser.add_argument("--pool", action=Switch, default=False, help="average")
+    parser.add_argument("--other", type=int)
+    assert parser.parse_args(words).pool is expected
+    with pytest.raises(UserError, match=r"--pool.*'maybe': expected true or false"):
+        parser.parse_args(["--pool", "maybe"])

@@ -1,0 +1,482 @@
+"""Linear classification on frozen features, by one of three protocols.
+
+    python eval_linear.py --checkpoint runs/a/checkpoint.pth runs/b/checkpoint.pth --output_dir results
+    python eval_linear.py --checkpoint runs/a/checkpoint.pth --protocol adam
+    torchrun --nproc_per_node=8 eval_linear.py --protocol dino --checkpoint dino_deitsmall16_pretrain.pth \\
+        --dataset imagefolder --data_path /data/imagenet --output_dir results
+    python eval_linear.py --protocol dino --checkpoint dino_deitsmall16_pretrain.pth \\
+        --linear_weights dino_deitsmall16_linearweights.pth --dataset imagefolder --data_path /data/imagenet
+
+fast    features of each image once; a grid of learning rates and weight decays is trained at once, and one of them
+        chosen by a tenth of the training images
+adam    the same features; the CPLearn paper's protocol for small sets (Appendix I)
+dino    that of DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the
+        last four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
+
+No protocol chooses anything by the test images: the score is that of the fitted classifier, or of the last epoch.
+Prints top-1 and top-5 accuracy in percent of the validation images, and the classes that go best and worst. With
+--output_dir: results_linear.md, results_linear.json (also the accuracy of each class) and confusion_<model>.png.
+
+Shapes: B images per process, N validation images, D features, C classes.
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import evaluation
+import utils
+from augmentation import make_crop_recipe
+from features import PRECISIONS
+from linear_probe import (
+    EPOCHS,
+    LRS,
+    RANKED,
+    WEIGHT_DECAYS,
+    confusion_matrix,
+    fit_adam,
+    fit_selected,
+    predict,
+    rank_classes,
+    scores,
+)
+from utils import UserError
+from vision_transformer import VisionTransformer
+
+# what each protocol takes, and its defaults
+PROTOCOLS = {
+    "fast": {"lrs": LRS, "weight_decays": WEIGHT_DECAYS, "epochs": EPOCHS},
+    "adam": {"epochs": 100, "lr": 1e-2},
+    "dino": {"epochs": 100, "lr": 1e-3, "val_freq": 1, "num_labels": None, "evaluate": False, "linear_weights": None,
+             "max_bad_images": 0.01},
+}  # fmt: skip
+COLUMNS = {
+    "checkpoint": ("checkpoint", ""),
+    "num_features": ("features", "d"),
+    "top1": ("top-1 %", ".2f"),
+    "top5": ("top-5 %", ".2f"),
+}
+OWN_COLUMNS = {
+    "fast": {
+        "lr": ("chosen lr", "g"),
+        "weight_decay": ("chosen weight decay", "g"),
+        "held_out_top1": ("held-out top-1 %", ".2f"),
+    },
+    "adam": {"epochs": ("epochs", "d"), "lr": ("lr", "g")},
+    "dino": {"epochs": ("epochs", "d"), "best_test_top1": ("best epoch on the test images, top-1 %", ".2f")},
+}
+KEPT = "checkpoint_linear.pth"  # DINO's checkpoint.pth.tar
+
+
+def get_args_parser():
+    parser = evaluation.evaluation_parser("eval_linear.py", "Linear classification on frozen features.")
+    add = parser.add_argument
+    add(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="fast",
+        help="fast: features once, best of a grid; adam: the paper's, for small sets; dino: with augmentation, "
+        "--batch_size_per_gpu images per step and process",
+    )
+    add(
+        "--n_last_blocks", type=int, default=None,
+        help="features: CLS tokens of the last n blocks of a ViT (default: 1; 4 with dino, as DINO has it for ViT-S)",
+    )  # fmt: skip
+    add(
+        "--avgpool_patchtokens", action=utils.Switch, default=False,
+        help="and the mean of the last block's patch tokens; DINO's ViT-B: this and --n_last_blocks 1",
+    )  # fmt: skip
+    add(
+        "--lrs", type=float, nargs="+", default=None,
+        help=f"fast: learning rates of the grid, per 256 images of a step (default: {listed(LRS)})",
+    )  # fmt: skip
+    add(
+        "--weight_decays", type=float, nargs="+", default=None,
+        help=f"fast: weight decays of the grid (default: {listed(WEIGHT_DECAYS)})",
+    )  # fmt: skip
+    add(
+        "--epochs", type=int, default=None,
+        help=f"passes over the training images (default: fast {EPOCHS}; adam and dino 100)",
+    )  # fmt: skip
+    add(
+        "--lr", type=float, default=None,
+        help="learning rate (default: adam 1e-2; dino 1e-3 per 256 images of a step, falling to 0 by a cosine)",
+    )  # fmt: skip
+    add("--val_freq", type=int, default=None, help="dino: epochs from one test to the next (default: 1)")
+    add(
+        "--max_bad_images", type=float, default=None,
+        help="dino: ends when more than this fraction of the training images cannot be read (default: 0.01); until "
+        "then others take their places",
+    )  # fmt: skip
+    add("--num_labels", type=int, default=None, help="dino: classes of the head (default: those of the images)")
+    add("--evaluate", action="store_true", help="dino: only test a head, --linear_weights or the --output_dir's")
+    add(
+        "--linear_weights", default=None, metavar="FILE",
+        help=f"dino: only test this head, one that DINO released or a {KEPT}",
+    )  # fmt: skip
+    return parser
+
+
+def listed(values):
+    return " ".join(f"{value:g}" for value in values)
+
+
+@utils.command_line
+def main(argv=None):
+    args = resolve_protocol(get_args_parser().parse_args(argv))
+    device = utils.init_distributed(args.device)
+    subjects = evaluation.open_subjects(args, device)
+    for subject in subjects:
+        choose_features(subject)
+    if args.evaluate:
+        val_images = evaluation.open_images(subjects, "val", "a linear classifier")
+        found = [score_head(subject, val_images, subjects) for subject in subjects]
+    else:
+        train_images, val_images = evaluation.open_train_and_val(subjects, "a linear classifier")
+        if args.protocol == "dino":
+            found = [train_with_crops(subject, train_images, val_images, subjects) for subject in subjects]
+        else:
+            matrices = evaluation.extract_all(subjects, train_images, val_images)
+            found = [fit_to_features(*each, train_images) for each in matrices]
+    if utils.rank() == 0:
+        show(found, subjects, val_images, args)
+
+
+def resolve_protocol(args):
+    """Fill in the protocol's defaults, in place; a flag of another protocol is an error, not silently unread."""
+    own = PROTOCOLS[args.protocol]
+    for name in dict.fromkeys(name for flags in PROTOCOLS.values() for name in flags):
+        if name in own and getattr(args, name) is None:
+            setattr(args, name, own[name])
+        elif name not in own and getattr(args, name) not in (None, False):
+            others = " or ".join(protocol for protocol, flags in PROTOCOLS.items() if name in flags)
+            raise UserError(f"--{name} means nothing to --protocol {args.protocol}: it belongs to --protocol {others}")
+    for name in ("epochs", "lr", "val_freq", "batch_size"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a positive number")
+    args.evaluate = args.evaluate or args.linear_weights is not None
+    if args.evaluate and args.linear_weights is None and args.output_dir is None:
+        raise UserError(
+            f"--evaluate tests a head: name its file with --linear_weights, or its folder ({KEPT}) with --output_dir"
+        )
+    return args
+
+
+def choose_features(subject):
+    """Make the subject's model one that gives the features to classify."""
+    args = subject.args = copy.copy(subject.args)  # baselines share theirs with a checkpoint
+    model = subject.model
+    if args.n_last_blocks is None:
+        is_vit = isinstance(model.backbone, VisionTransformer)
+        args.n_last_blocks = 4 if args.protocol == "dino" and is_vit and not args.avgpool_patchtokens else 1
+    if (args.n_last_blocks, args.avgpool_patchtokens) != (1, False):
+        subject.model = model.with_last_blocks(args.n_last_blocks, args.avgpool_patchtokens)
+
+
+# ---- fast and adam: a classifier on a matrix of features -------------------------------------------------------------
+
+
+def fit_to_features(subject, train, val, train_images):
+    """train, val: (features, codes). Returns a row of the table, and the ranked classes of the validation images."""
+    args, num_classes = subject.args, len(train_images.classes)
+    given = {"seed": args.seed, "device": subject.device}
+    if args.protocol == "fast":
+        fit = fit_selected(
+            train[0], train_images.labels, num_classes, args.lrs, args.weight_decays, args.epochs, **given
+        )
+    else:
+        fit = fit_adam(train[0], train_images.labels, num_classes, args.epochs, args.lr, **given)
+    for warning in fit.warnings:
+        print(f"warning: {subject.name}: {warning}", flush=True)
+    ranked = predict(val[0], fit.classifier, subject.device)
+    return fit.settings | {"num_features": train[0].shape[1]}, ranked
+
+
+# ---- dino: a classifier on features of new crops in every epoch ------------------------------------------------------
+
+
+def train_with_crops(subject, train_images, val_images, subjects):
+    """DINO's protocol: SGD with momentum 0.9 and no weight decay on CE(head(features of a crop), label), the learning
+    rate lr * (images per step) / 256, from epoch to epoch along a cosine to 0; the backbone does not learn.
+
+    All processes take part. As in DINO: crops of 8 to 100 % of the image, flips; the head begins normal(0, 0.01), its
+    biases at 0. Unlike DINO: the order and the crops are functions of (seed, epoch), crops are resized bicubically, and
+    images that do not fill the last step of an epoch wait for another epoch.
+    With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as in DINO's
+    checkpoint.pth.tar. Raises UserError where those that are there are of a run with other settings.
+    Returns as `fit_to_features`.
+    """
+    args, labels = subject.args, torch.as_tensor(train_images.labels)
+    run = HeadRun(subject, head_folder(subject, subjects), count_labels(args, val_images), train_images.fingerprint)
+    run.resume()
+    loader = data.TrainLoader(
+        train_images, args, args.batch_size, utils.rank(), utils.world_size(), recipe=make_crop_recipe(args)
+    )
+    subject.model.to(subject.device)
+    ranked = None
+    while run.epoch < args.epochs:
+        line = {"epoch": run.epoch, "train_lr": run.lr(), "train_loss": train_one_epoch(run, loader, labels)}
+        if run.epoch % args.val_freq == 0 or run.epoch == args.epochs - 1:
+            ranked, loss = score_images(subject, run.head, val_images)
+            line |= log_scores(ranked, loss, val_images)
+        run.finish_epoch(line)
+    if ranked is None:  # nothing was left to train
+        ranked, _ = score_images(subject, run.head, val_images)
+    subject.model.cpu()  # room for the next one
+    row = {"num_features": subject.model.embed_dim, "epochs": args.epochs, "lr": args.lr, "best_test_top1": run.best()}
+    return row, ranked
+
+
+def train_one_epoch(run, loader, labels):
+    """Returns the mean loss of the epoch's images, over all processes, in nats."""
+    device, total = run.subject.device, 0.0
+    for batch in loader.epoch(run.epoch):
+        (images,) = loader.augment(batch, device)  # (B, C, h, w)
+        features = forward_frozen(run.subject, images)  # (B, D)
+        loss = F.cross_entropy(run.head(features), labels[torch.from_numpy(batch.indices)].to(device))
+        run.optimizer.zero_grad()
+        loss.backward()
+        for parameter in run.head.parameters():
+            parameter.grad = utils.all_reduce_mean(parameter.grad)
+        run.optimizer.step()
+        total += loss.detach()
+    num_bad = torch.tensor(loader.num_bad_images)
+    dist.all_reduce(num_bad)
+    loader.check_bad_images(int(num_bad))
+    return float(utils.all_reduce_mean(total / loader.steps_per_epoch))
+
+
+@torch.no_grad()
+def forward_frozen(subject, images):
+    dtype = PRECISIONS[subject.args.precision]
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        return subject.model(images).float()
+
+
+@torch.no_grad()
+def score_images(subject, head, images):
+    """Every image once, over all processes. Returns ranked classes (N, min(5, C)) int64 and the mean loss in nats."""
+    args, labels = subject.args, torch.as_tensor(images.labels)
+    batches = data.eval_batches(
+        images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
+        rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
+    )  # fmt: skip
+    ranked = torch.zeros(len(images), min(RANKED, head.out_features), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.float64)
+    for indices, x in batches:
+        logits = head(forward_frozen(subject, x.to(subject.device))).cpu()
+        ranked[indices] = rank_classes(logits)
+        total += F.cross_entropy(logits, labels[indices], reduction="sum")
+    dist.all_reduce(ranked)  # each image is one process's, and zero on the others
+    dist.all_reduce(total)
+    return ranked, float(total) / len(images)
+
+
+def log_scores(ranked, loss, images):
+    found = scores(ranked, images.labels, len(images.classes))
+    return {"test_loss": loss, "test_acc1": found["top1"], "test_acc5": found["top5"]}
+
+
+class HeadRun:
+    """A linear head in training: .head, .optimizer, .scheduler, .epoch (those done), .log (a dict for each of them),
+    and .folder, where they are kept, or None."""
+
+    def __init__(self, subject, folder, num_labels, images):
+        args = self.args = subject.args
+        self.subject, self.folder = subject, folder
+        self.head = new_head(subject.model.embed_dim, num_labels, args.seed).to(subject.device)
+        images_per_step = args.batch_size * utils.world_size()
+        self.optimizer = torch.optim.SGD(self.head.parameters(), args.lr * images_per_step / 256, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
+        self.epoch, self.log = 0, []
+        names = ("epochs", "lr", "seed", "n_last_blocks", "avgpool_patchtokens", "precision", "img_size", "in_chans")
+        self.settings = {name: getattr(args, name) for name in names}
+        self.settings |= {"images per step": images_per_step, "num_labels": num_labels, "images": images}
+        self.settings["backbone"] = evaluation.fingerprint(subject.model)
+
+    def lr(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def best(self):
+        """Highest top-1 of any epoch, in percent: a choice by the test images."""
+        return max((line["test_acc1"] for line in self.log if "test_acc1" in line), default=None)
+
+    def finish_epoch(self, line):
+        self.scheduler.step()
+        self.epoch += 1
+        self.log.append(line)
+        if utils.rank() != 0:
+            return
+        tested = f"  test top-1 {line['test_acc1']:6.2f} %" if "test_acc1" in line else ""
+        print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {line['train_loss']:.4f}{tested}", flush=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            utils.save_checkpoint(self.state_dict(), self.folder / KEPT)
+            (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
+
+    def state_dict(self):
+        """What DINO's script keeps, under its names, and what it does not look at: log and settings."""
+        return {
+            "epoch": self.epoch,
+            "state_dict": {f"module.linear.{name}": tensor for name, tensor in self.head.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best_acc": self.best() or 0.0,
+            "log": self.log,
+            "settings": self.settings,
+        }
+
+    def resume(self):
+        """Go on where the folder's run was, if there is one. A file of DINO's has no settings that could differ."""
+        if self.folder is None or not (self.folder / KEPT).exists():
+            return
+        path = self.folder / KEPT
+        kept = utils.load_checkpoint(path)
+        for name, value in kept.get("settings", {}).items():
+            if self.settings.get(name) != value:
+                raise UserError(
+                    f"{path}: trained with {name} {value}, this run has {self.settings.get(name)}: take the same "
+                    "settings, or another --output_dir"
+                )
+        load_head(self.head, kept, path, self.subject)
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.scheduler.load_state_dict(kept["scheduler"])
+        self.epoch, self.log = kept["epoch"], kept.get("log", [])
+        if utils.rank() == 0:
+            print(f"{path}: {self.epoch} of {self.args.epochs} epochs are done", flush=True)
+
+
+def new_head(num_features, num_labels, seed):
+    head = nn.Linear(num_features, num_labels)
+    torch.manual_seed(seed)  # the same on all processes
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def head_folder(subject, subjects):
+    """--output_dir, or with several models a folder in it for each; None without."""
+    output_dir = subject.args.output_dir
+    own = file_name(subject.name) if len(subjects) > 1 else ""
+    return None if output_dir is None else Path(output_dir) / own
+
+
+def count_labels(args, images):
+    num_labels = args.num_labels or len(images.classes)
+    if num_labels < len(images.classes):
+        raise UserError(f"--num_labels {num_labels}: the images have {len(images.classes)} classes")
+    return num_labels
+
+
+# ---- dino: a head that is given --------------------------------------------------------------------------------------
+
+
+def score_head(subject, val_images, subjects):
+    """Test a head without training. Returns as `fit_to_features`."""
+    args, model = subject.args, subject.model.to(subject.device)
+    path = args.linear_weights or head_folder(subject, subjects) / KEPT
+    head = new_head(model.embed_dim, count_labels(args, val_images), args.seed)
+    load_head(head, utils.load_checkpoint(path), path, subject)
+    ranked, _ = score_images(subject, head.to(subject.device), val_images)
+    subject.model.cpu()
+    return {"num_features": model.embed_dim, "linear_weights": str(path)}, ranked
+
+
+def load_head(head, kept, path, subject):
+    """Into `head`, in place, from {"state_dict": {"module.linear.weight": (C, D), "module.linear.bias": (C,)}}.
+
+    Raises UserError for a file without them and for other sizes, with the settings that would fit."""
+    state = kept.get("state_dict", kept) if isinstance(kept, dict) else {}
+    state = {name.removeprefix("module.").removeprefix("linear."): tensor for name, tensor in state.items()}
+    if not {"weight", "bias"} <= state.keys() or state["weight"].ndim != 2:
+        raise UserError(f"{path}: expected a linear head, state_dict with module.linear.weight and module.linear.bias")
+    num_labels, num_features = state["weight"].shape
+    if num_features != head.in_features:
+        args = subject.args
+        width = head.in_features // (args.n_last_blocks + args.avgpool_patchtokens)
+        raise UserError(
+            f"{path}: a head for {num_features} features, these settings give {head.in_features}; "
+            + fitting_settings(num_features, width)
+        )
+    if num_labels != head.out_features:
+        raise UserError(f"{path}: a head for {num_labels} classes, expected {head.out_features}; see --num_labels")
+    head.load_state_dict({"weight": state["weight"], "bias": state["bias"]})
+
+
+def fitting_settings(num_features, width):
+    """In words, which features of a backbone of this width a head was made for."""
+    blocks, rest = divmod(num_features, width)
+    if rest or not blocks:
+        return f"no settings fit, all give multiples of {width}: is it another backbone's?"
+    averaged = f" or --n_last_blocks {blocks - 1} --avgpool_patchtokens" if blocks > 1 else ""
+    return f"try --n_last_blocks {blocks}{averaged}"
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def show(found, subjects, val_images, args):
+    """found: (row, ranked classes of the validation images) of each subject."""
+    classes, rows = val_images.classes, []
+    for subject, (row, ranked) in zip(subjects, found, strict=True):
+        scored = scores(ranked, val_images.labels, len(classes))
+        scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))
+        rows.append({"checkpoint": subject.name} | scored | row)
+    columns = COLUMNS | {key: title for key, title in OWN_COLUMNS[args.protocol].items() if key in rows[0]}
+    evaluation.report("linear", rows, columns, args, subjects)
+    for row in rows:
+        print(best_and_worst(row))
+    if args.output_dir is not None:
+        for subject, (_, ranked) in zip(subjects, found, strict=True):
+            percent = confusion_matrix(ranked, val_images.labels, len(classes))
+            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{file_name(subject.name)}.png")
+
+
+def best_and_worst(row, most=3):
+    known = {name: percent for name, percent in row["per_class"].items() if percent is not None}
+    ordered = sorted(known, key=known.get)
+    most = min(most, len(ordered) // 2)
+    best, worst = (
+        ", ".join(f"{name} {known[name]:.1f}" for name in names) for names in (ordered[::-1][:most], ordered[:most])
+    )
+    return f"{row['checkpoint']}: best classes (top-1 %): {best}; worst: {worst}"
+
+
+def draw_confusion(percent, classes, path):
+    """percent: (C, C), as `confusion_matrix` returns. Classes are named where they are at most 30."""
+    plt = evaluation.pyplot()
+    named = len(classes) <= 30
+    side = 2.2 + 0.32 * len(classes) if named else 6
+    figure, axis = plt.subplots(figsize=(side + 0.7, side))
+    # the square root shows confusions of one percent beside diagonals of ninety
+    image = axis.imshow(percent, cmap="Blues", norm=plt.matplotlib.colors.PowerNorm(0.5, 0, 100))
+    figure.colorbar(image, label="share of the true class (%)", shrink=0.8, ticks=[0, 1, 5, 10, 25, 50, 100])
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.grid(False)
+    if named:
+        axis.set_xticks(range(len(classes)), classes, rotation=90)
+        axis.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 12:
+        for row, column in np.argwhere(percent >= 0.5):
+            value = percent[row, column]
+            colour = "white" if value > 30 else "black"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def file_name(name):
+    """Of a subject: "runs/a/checkpoint.pth" -> "runs_a_checkpoint"."""
+    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(pth|safetensors)$", "", name)).strip("._") or "model"
+
+
+if __name__ == "__main__":
+    main()
