@@ -20,9 +20,7 @@ Prints top-1 and top-5 accuracy in percent of the validation images, and the cla
 Shapes: B images per process, N validation images, D features, C classes.
 """
 
-import copy
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +170,7 @@ def resolve_protocol(args):
 
 def choose_features(subject):
     """Make the subject's model one that gives the features to classify."""
-    args = subject.args = copy.copy(subject.args)  # baselines share theirs with a checkpoint
-    model = subject.model
+    args, model = subject.args, subject.model
     if args.n_last_blocks is None:
         is_vit = isinstance(model.backbone, VisionTransformer)
         args.n_last_blocks = 4 if args.protocol == "dino" and is_vit and not args.avgpool_patchtokens else 1
@@ -194,10 +191,8 @@ def fit_to_features(subject, train, val, train_images):
         )
     else:
         fit = fit_adam(train[0], train_images.labels, num_classes, args.epochs, args.lr, **given)
-    for warning in fit.warnings:
-        print(f"warning: {subject.name}: {warning}", flush=True)
     ranked = predict(val[0], fit.classifier, subject.device)
-    return fit.settings | {"num_features": train[0].shape[1]}, ranked
+    return fit.settings | {"num_features": train[0].shape[1], "warnings": fit.warnings}, ranked
 
 
 # ---- dino: a classifier on features of new crops in every epoch ------------------------------------------------------
@@ -365,7 +360,7 @@ def new_head(num_features, num_labels, seed):
 def head_folder(subject, subjects):
     """--output_dir, or with several models a folder in it for each; None without."""
     output_dir = subject.args.output_dir
-    own = file_name(subject.name) if len(subjects) > 1 else ""
+    own = subject.stem if len(subjects) > 1 else ""
     return None if output_dir is None else Path(output_dir) / own
 
 
@@ -431,13 +426,13 @@ def show(found, subjects, val_images, args):
         scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))
         rows.append({"checkpoint": subject.name} | scored | row)
     columns = COLUMNS | {key: title for key, title in OWN_COLUMNS[args.protocol].items() if key in rows[0]}
-    evaluation.report("linear", rows, columns, args, subjects)
-    for row in rows:
-        print(best_and_worst(row))
+    notes = [f"{row['checkpoint']}: {warning}" for row in rows for warning in row.get("warnings", ())]
+    notes += [best_and_worst(row) for row in rows]
+    evaluation.report("linear", rows, columns, args, subjects, notes)
     if args.output_dir is not None:
         for subject, (_, ranked) in zip(subjects, found, strict=True):
             percent = confusion_matrix(ranked, val_images.labels, len(classes))
-            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{file_name(subject.name)}.png")
+            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{subject.stem}.png")
 
 
 def best_and_worst(row, most=3):
@@ -471,11 +466,6 @@ def draw_confusion(percent, classes, path):
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
     figure.savefig(path)
     plt.close(figure)
-
-
-def file_name(name):
-    """Of a subject: "runs/a/checkpoint.pth" -> "runs_a_checkpoint"."""
-    return re.sub(r"[^\w.-]+", "_", re.sub(r"\.(pth|safetensors)$", "", name)).strip("._") or "model"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -71,8 +72,9 @@ def evaluation_parser(prog, description):
 class Subject:
     """One of the models under comparison.
 
-    .name: what tells its path from the others'.  .model: `features.PretrainedModel`.  .args: the evaluation's flags,
-    with those about images as this model was trained.  .extract(images): its features.
+    .name: what tells its path from the others'.  .stem: the same, for names of files.
+    .model: `features.PretrainedModel`.  .args: the evaluation's flags, with those about images as this model was
+    trained.  .extract(images): its features.
     """
 
     def __init__(self, name, model, args, device):
@@ -148,7 +150,10 @@ def open_subjects(args, device):
     trained_on = {subject.args.dataset for subject in subjects}
     if len(trained_on) > 1:
         raise UserError(f"the checkpoints were trained on different data sets, {trained_on}: name one with --dataset")
-    return (baselines(subjects[0]) if args.baselines else []) + subjects
+    subjects = (baselines(subjects[0]) if args.baselines else []) + subjects
+    for subject, stem in zip(subjects, file_stems([subject.name for subject in subjects]), strict=True):
+        subject.stem = stem
+    return subjects
 
 
 def baselines(subject):
@@ -161,8 +166,10 @@ def baselines(subject):
     pixels = nn.Flatten()
     pixels.embed_dim = args.in_chans * args.img_size**2
     pixels = features.PretrainedModel(pixels, settings={"arch": "raw pixels"})
-    return [Subject("raw pixels", pixels, args, subject.device),
-            Subject("random weights", untrained, args, subject.device)]  # fmt: skip
+    return [
+        Subject("raw pixels", pixels, copy.copy(args), subject.device),
+        Subject("random weights", untrained, copy.copy(args), subject.device),
+    ]
 
 
 def split_key(path, checkpoint_key):
@@ -182,24 +189,34 @@ def short_names(paths):
         parts = [p[:-1] for p in parts]
     while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [p[1:] for p in parts]
-    return ["/".join(p) for p in parts]
+    return [str(Path(*p)) for p in parts]
 
 
-def open_images(subjects, split, labels_for=None):
+def file_stems(names):
+    """Names of models as parts of file names, no two alike: runs/a/checkpoint.pth -> runs_a_checkpoint."""
+    stems = []
+    for name in names:
+        name = re.sub(r"\.(pth|pt|safetensors)$", "", name)
+        stem = re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("_.")[-80:] or "model"
+        stems.append(f"{stem}_{len(stems)}" if stem in stems else stem)
+    return stems
+
+
+def open_images(subjects, split, labels_for=None, required=True):
     """The images that all subjects are evaluated on. split: "train" or "val".
 
-    labels_for: what needs their labels, such as "k-NN"; None: labels are not needed.
-    Raises UserError where they cannot be found, or have no labels or only one class although those are needed.
+    labels_for: what needs their labels, such as "k-NN"; None: nothing.  required: whether images without labels will
+    not do. Raises UserError where images cannot be found, and where labels are needed and absent, or all of one class.
     """
     args = subjects[0].args
     images = data.open_dataset(args, split)
     if labels_for is not None:
-        if images.labels is None:
+        if images.labels is None and required:
             raise UserError(
                 f"--data_path {args.data_path}: its {split} images have no labels; {labels_for} needs two class "
                 "folders or more"
             )
-        if len(np.unique(images.labels)) < 2:
+        if images.labels is not None and len(np.unique(images.labels)) < 2:
             raise UserError(
                 f"--data_path {args.data_path}: its {split} images are of one class; {labels_for} needs two"
             )
@@ -268,19 +285,20 @@ def agreed(condition):
 # ---- one table of results --------------------------------------------------------------------------------------------
 
 
-def report(name, rows, columns, args, subjects, **more):
+def report(name, rows, columns, args, subjects, notes=(), **more):
     """Print rows as a table; with --output_dir write results_<name>.md and results_<name>.json. First process only.
 
     rows: dicts, one per line of the table.  columns: {key: (title, format)} of what the table shows, in its order; a
-    row without the key, or with None, shows a dash. JSON gets all keys, with settings, models, versions and `more`.
+    row without the key, or with None, shows a dash.  notes: sentences beneath the table. JSON gets all keys of the
+    rows, and notes, settings, models, versions and `more`.
     """
-    table = markdown_table(rows, columns)
+    table = "\n".join([markdown_table(rows, columns), *[f"\n{note}" for note in notes]])
     print(table, flush=True)
     if args.output_dir is not None:
         folder = Path(args.output_dir)
         command = shlex.join([f"python {Path(sys.argv[0]).name}", *sys.argv[1:]]).replace("'", "", 2)
         (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n")
-        results = {"rows": rows} | more | {
+        results = {"rows": rows, "notes": list(notes)} | more | {
             "settings": vars(args),
             "models": {subject.name: subject.describe() for subject in subjects},
             "versions": versions(),

@@ -119,7 +119,12 @@ def test_other_bad_files_are_bad_images(tmp_path):
     pgm = b"P5 %d 10000 255 "
     (tmp_path / "large.pgm").write_bytes(pgm % 10000)  # above PIL's limit
     (tmp_path / "bomb.pgm").write_bytes(pgm % 20000)  # above twice the limit, where PIL itself refuses
-    reasons = {"text.jpg": "not an image", "folder.jpg": "directory", "missing.jpg": "No such file", "float.tif": "float"}
+    reasons = {
+        "text.jpg": "not an image",
+        "folder.jpg": "directory",
+        "missing.jpg": "No such file",
+        "float.tif": "float",
+    }
     for name, reason in (*reasons.items(), ("large.pgm", "10000 x 10000 px"), ("bomb.pgm", "bomb")):
         with pytest.raises(data.BadImage, match=reason) as error:
             data.load_image(tmp_path / name)

@@ -13,7 +13,6 @@ from PIL import Image
 import augmentation
 import data
 import eval_linear
-import evaluation
 import features
 import linear_probe
 import utils
@@ -394,9 +393,3 @@ def assert_one_line(argv, message, capsys):
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-
-
-def test_names_of_files():
-    assert eval_linear.file_name("runs/a/checkpoint.pth") == "runs_a_checkpoint"
-    assert eval_linear.file_name("../x y:teacher") == "x_y_teacher"
-    assert evaluation.short_names(["a/c.pth", "b/c.pth"]) == ["a", "b"]

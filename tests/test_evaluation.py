@@ -203,6 +203,7 @@ def test_images_without_labels_or_of_one_class(folder, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "val" / "y.png")
     subject.args.data_path = str(tmp_path / "flat")
     assert len(open_images([subject], "val")) == 2
+    assert open_images([subject], "val", labels_for="purity", required=False).labels is None
     with pytest.raises(UserError, match="its val images have no labels; purity needs two class folders"):
         open_images([subject], "val", labels_for="purity")
     (tmp_path / "empty" / "val").mkdir(parents=True)
@@ -213,8 +214,9 @@ def test_images_without_labels_or_of_one_class(folder, tmp_path):
     subject.args.data_path = "one"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation.data, "open_dataset", lambda args, split: one)
-        with pytest.raises(UserError, match="are of one class; purity needs two"):
-            open_images([subject], "val", labels_for="purity")
+        for required in (True, False):
+            with pytest.raises(UserError, match="are of one class; purity needs two"):
+                open_images([subject], "val", labels_for="purity", required=required)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -228,23 +230,33 @@ def test_short_names():
     assert short_names(["a/b/c.pth", "b/c.pth"]) == ["a/b", "b"]
 
 
+def test_names_of_files():
+    names = ["runs/a/checkpoint.pth", "../x y:teacher", "../../etc/x y", "...", "é" * 500, "x/y", "x y", "a.pt"]
+    stems = ["runs_a_checkpoint", "x_y_teacher", "etc_x_y", "model", "model_4", "x_y", "x_y_6", "a"]
+    assert evaluation.file_stems(names) == stems
+    assert len(evaluation.file_stems(["z" * 300])[0]) == 80
+    assert short_names(["/m/a.pth", "b/c.pth"]) == ["/m/a.pth", "b/c.pth"]
+
+
 def test_report_writes_a_table_that_both_people_and_programs_read(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/eval_some.py", "--data_path", "my images"])
     subjects, _ = both(folder, output_dir=tmp_path / "out")
     rows = [{"checkpoint": "a", "score": 1.25, "extra": [1]}, {"checkpoint": "longer name", "score": None}]
     columns = {"checkpoint": ("checkpoint", ""), "score": ("NMI", ".1f")}
-    report("some", rows, columns, subjects[0].args, subjects, num_images=27)
+    report("some", rows, columns, subjects[0].args, subjects, ["A note."], num_images=27)
     table = capsys.readouterr().out
     assert table.splitlines() == [
         "| checkpoint  | NMI |",
         "|-------------|----:|",
         "| a           | 1.2 |",
         "| longer name |   - |",
+        "",
+        "A note.",
     ]
     text = (tmp_path / "out" / "results_some.md").read_text()
     assert text == table + "\n    python eval_some.py --data_path 'my images'\n"
     results = json.loads((tmp_path / "out" / "results_some.json").read_text())
-    assert results["rows"] == rows
+    assert (results["rows"], results["notes"]) == (rows, ["A note."])
     assert (results["num_images"], results["settings"]["seed"]) == (27, 0)
     assert results["models"]["b"]["beta"] == 0.5
     assert {"python", "torch", "numpy", "scikit-learn"} <= results["versions"].keys()

@@ -1,0 +1,259 @@
+"""Has a representation collapsed? Spectra, entropies, code usage and what the theory promises, of one model or several.
+
+    python eval_collapse.py --checkpoint runs/cplearn/checkpoint.pth --output_dir runs/cplearn
+    python eval_collapse.py --checkpoint runs/a/checkpoint.pth runs/b/checkpoint.pth --baselines --output_dir runs/ab
+
+The analyses of arXiv 2410.04959 on the images of one split, without augmentation: singular values of the covariance
+(Fig. 6a, 13a), entropy of Gaussian mixtures (Fig. 6b, 13b), embedding covariance, adjacency and W^T W (Fig. 3, 4, 8,
+9), t-SNE (Fig. 12), the gap to Lemma 1's bound; and in words which of the four collapses of section 2 has happened.
+Prints a table and the verdicts; with --output_dir writes results_collapse.json, with all curves, and the figures.
+
+Shapes: N images, D backbone width, F head width, K codes.
+"""
+
+import math
+import sys
+
+import torch
+
+import collapse
+import collapse_figures
+import evaluation
+import utils
+from cplearn_head import CPLearnHead, within_code_variance
+from monitor import feature_statistics, rankme
+from utils import UserError
+
+RANKME_ROWS = 25_600  # as in RankMe's paper, section 3.1
+TIGHTNESS_ROWS = 100_000  # some of which must share a code; bounds the memory, three copies in float64
+MAX_WIDTH = 4096  # of features: the covariance of wider ones (raw pixels of photographs) takes minutes and gigabytes
+MIN_IMAGES = 10
+SAME = 1e-6  # spread of features that differ by no more than float32's rounding
+ASSUMED = {"beta": 0.25, "prior": "kl"}  # main_cplearn.py's defaults, for a checkpoint that does not say
+
+COLUMNS = {
+    "checkpoint": ("checkpoint", ""),
+    "rankme": ("RankMe", ".1f"),
+    "width": ("of D", "d"),
+    "alpha": ("alpha", ".2f"),
+    "cosine_mean": ("mean cosine", ".3f"),
+    "entropy": ("entropy (nats)", ".1f"),
+    "codes_used": ("codes used", "d"),
+    "perplexity": ("perplexity", ".1f"),
+    "within_code": ("variance in codes", ".3f"),
+    "alignment": ("alignment", ".3f"),
+    "gap": ("gap (nats)", ".3f"),
+    "verdict": ("collapse", ""),
+}
+
+
+def get_args_parser():
+    parser = evaluation.evaluation_parser("eval_collapse.py", "Which collapses has a representation suffered?")
+    add = parser.add_argument
+    add("--split", default="val", choices=("train", "val"), help="images to analyse")
+    add(
+        "--gmm_components", type=int, nargs="*", default=[10, 20, 50, 100, 200, 500, 1000], metavar="C",
+        help="sizes of the Gaussian mixtures whose entropy is estimated, and numbers of k-means groups in which "
+        "intracluster collapse is looked for; those above a tenth of the images are left out; none: no mixtures",
+    )  # fmt: skip
+    add(
+        "--gmm_samples", type=int, default=10_000, metavar="N",
+        help="images that mixtures are fitted to, drawn at random; time grows with it, and entropies with few samples "
+        "per component are too low",
+    )  # fmt: skip
+    add(
+        "--tsne_samples", type=int, default=2000, metavar="N",
+        help="images drawn at random for t-SNE, which is made with --output_dir only; 0: none",
+    )  # fmt: skip
+    return parser
+
+
+@utils.command_line
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    check_flags(args)
+    device = utils.init_distributed(args.device)
+    subjects = [subject for subject in evaluation.open_subjects(args, device) if narrow_enough(subject)]
+    images = evaluation.open_images(subjects, args.split)
+    if len(images) < MIN_IMAGES:
+        raise UserError(f"--split {args.split} has {len(images)} images; expected at least {MIN_IMAGES}")
+    rows, curves, pictures = [], {}, {}
+    for subject, (features, codes) in evaluation.extract_all(subjects, images):
+        row, curves[subject.name], pictures[subject.name] = analyse(subject, features, codes, args)
+        rows.append({"checkpoint": subject.name} | row)
+    if not rows:
+        return  # not the first process
+    report(rows, curves, args, subjects, num_images=len(images))
+    if args.output_dir is not None:
+        collapse_figures.draw_all(args.output_dir, curves, pictures, images)
+
+
+def analyse(subject, features, codes, args):
+    """(row of the table, curves for JSON and figures, arrays for pictures) of one model."""
+    check_finite(features, subject.name)
+    head = subject.model.head
+    row, curves, tight = analyse_features(features, args)
+    sample = collapse.some_indices(len(features), collapse_figures.ADJACENCY_ROWS, args.seed)
+    pictures = {"rows": sample, "vectors": features[sample], "of": "features", "codes": None}
+    usage = invariance = None
+    if codes is not None:
+        usage = collapse.code_usage(codes, count_codes(head))
+        curves["usage"] = usage.pop("counts")
+        within_code = within_code_variance(features, codes)
+        row |= usage | {"within_code": None if math.isnan(within_code) else within_code}
+        some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
+        tight.append(collapse.tightness(features[some], codes[some]))
+        pictures["codes"] = codes[sample]
+    if isinstance(head, CPLearnHead):
+        device = subject.device if subject.device.type == "cuda" else torch.device("cpu")  # mps has no float64
+        h = collapse.embed(head, features, device)
+        of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, subject, args, device)
+        row |= of_theory
+        invariance = row["invariance"]
+        pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
+    else:
+        pictures["moment"] = collapse.covariance(features)
+    if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
+        positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
+        pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
+    row |= verdicts(row, curves["spectrum"], tight, usage, len(features), invariance)
+    return row, curves, pictures
+
+
+def analyse_features(features, args):
+    """(row, curves, how tight k-means groups are at each --gmm_components) of features (N, D)."""
+    statistics = feature_statistics(features)
+    statistics["spread"] = 0.0 if math.isnan(statistics["spread"]) else statistics["spread"]  # all features are zero
+    eigenvalues = collapse.covariance_eigenvalues(features)
+    cosine = collapse.cosines(features, args.seed)
+    row = {name: statistics[name] for name in ("feature_mean", "feature_std", "spread")} | {
+        "rankme": finite(rankme(collapse.some_rows(features, RANKME_ROWS, args.seed))),
+        "width": features.shape[1],
+        "effective_rank": finite(collapse.effective_rank(eigenvalues)),
+        "alpha": collapse.power_law_exponent(eigenvalues),
+        "cosine_mean": cosine["mean"],
+        "cosine_std": cosine["std"],
+    }
+    mixtures, tight = [], []
+    sample = collapse.some_rows(features, args.gmm_samples, args.seed)
+    for components in chosen_components(args, len(sample)) if row["spread"] > SAME else []:
+        numbers, groups = collapse.mixture_entropy(sample, components, args.seed)
+        tight.append(collapse.tightness(sample, groups, eigenvalues))
+        mixtures.append(numbers)
+    if mixtures:
+        row |= mixtures[-1]  # of the most components
+    curves = {"spectrum": eigenvalues.tolist(), "cosine_density": cosine["density"], "mixtures": mixtures}
+    return row, curves, tight
+
+
+def analyse_embeddings(h, codes, subject, args, device):
+    """(row, eigenvalues of the covariance of h, arrays for pictures): what the theory says of h (N, F)."""
+    head = subject.model.head
+    aligned = collapse.alignment(h, codes, head.dictionary, args.seed)
+    moment = collapse.second_moment(h)
+    blocks = collapse.block_cosines(h, codes, args.seed)
+    settings = {name: subject.model.settings.get(name) or value for name, value in ASSUMED.items()}
+    if any(subject.model.settings.get(name) is None for name in ASSUMED):
+        note(f"{subject.name} does not say its beta and prior: the gap is for {settings}")
+    of_loss = collapse.certificate(h, head.codes.to(device), head.tau, **settings, eps=smallest_probability(head))
+    row = {
+        "alignment": aligned["mean"],
+        "alignment_quantile_5": aligned["quantile_5"],
+        "alignment_chance": aligned["chance"],
+        "off_diagonal_mass": collapse.off_diagonal_mass(moment),
+        **{f"block_cosine_{name}": value for name, value in blocks.items()},
+        **settings,
+        **of_loss,
+        "embedding_rankme": finite(rankme(collapse.some_rows(h, RANKME_ROWS, args.seed))),
+    }
+    shown = collapse.some_indices(head.dictionary.num_codes, collapse_figures.DICTIONARY_COLUMNS, args.seed)
+    columns = head.dictionary.columns(shown.to(device)).float().cpu()
+    return row, collapse.covariance_eigenvalues(h).tolist(), {"moment": moment, "dictionary": columns}
+
+
+def smallest_probability(head):
+    """Lemma 1's eps, from the temperature that it was made into (cplearn_head.code_temperature)."""
+    dim, num_codes = head.dictionary.shape
+    return 1 / (math.exp(head.radius * math.sqrt(dim) / head.tau) + num_codes - 1)
+
+
+def count_codes(head):
+    return head.dictionary.num_codes if isinstance(head, CPLearnHead) else len(head.last_layer.weight_v)
+
+
+def verdicts(row, eigenvalues, tight, usage, num_images, invariance):
+    tight = min((t for t in tight if not math.isnan(t)), default=math.nan)  # the grouping that shows it best
+    eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
+    sentences, found = collapse.judge(row, eigenvalues, tight, usage, num_images, invariance)
+    return {"tightness": finite(tight), "verdict": ", ".join(found) or "none", "verdicts": sentences}
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def report(rows, curves, args, subjects, num_images):
+    components = max((row.get("components", 0) for row in rows), default=0)
+    title = f"entropy, {components} comp. (nats)" if components else "entropy (nats)"
+    columns = COLUMNS | {"entropy": (title, ".1f")}
+    notes = ["\n".join([row["checkpoint"], *verdict_lines(row)]) for row in rows]
+    evaluation.report("collapse", rows, columns, args, subjects, notes, curves=curves, num_images=num_images)
+
+
+def verdict_lines(row):
+    """Indented, so that Markdown keeps their columns."""
+    told = {kind + " collapse" if kind != "saddle" else kind: text for kind, text in row["verdicts"].items()}
+    if "gap" in row:
+        told["theory"] = describe_theory(row)
+    return [f"    {kind:24s}{text}" for kind, text in told.items()]
+
+
+def describe_theory(row):
+    return (
+        f"alignment {row['alignment']:.3f} (random directions {row['alignment_chance']:.3f}); off-diagonal mass of "
+        f"H^T H {row['off_diagonal_mass']:.3f}; gap to Lemma 1 {row['gap']:.3f} nats "
+        f"(no less than {row['gap_floor']:.3f} with these images)"
+    )
+
+
+def note(text):
+    if utils.rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_flags(args):
+    for flag, least in (("gmm_samples", MIN_IMAGES), ("tsne_samples", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: expected at least {least}")
+    if any(count < 1 for count in args.gmm_components):
+        raise UserError(f"--gmm_components {min(args.gmm_components)}: expected positive numbers")
+
+
+def chosen_components(args, num_samples):
+    chosen = sorted(count for count in set(args.gmm_components) if count <= num_samples / 10)
+    left_out = sorted(set(args.gmm_components) - set(chosen))
+    if left_out:
+        note(f"--gmm_components {' '.join(map(str, left_out))} left out: more than a tenth of {num_samples} images")
+    return chosen
+
+
+def narrow_enough(subject):
+    width = subject.model.embed_dim
+    if width > MAX_WIDTH:
+        note(f"{subject.name} left out: {width} features; these analyses take up to {MAX_WIDTH}")
+    return width <= MAX_WIDTH
+
+
+def check_finite(features, name):
+    if not torch.isfinite(features).all():
+        raise UserError(f"{name}: features hold NaN or infinity: did its training diverge? try --precision fp32")
+
+
+def finite(value):
+    return value if math.isfinite(value) else None
+
+
+if __name__ == "__main__":
+    main()
