@@ -1,4 +1,4 @@
-# make demo | test | gpu | lint | help.  Everything is installed into .venv; nothing else on the machine is changed, except that
+# make demo | eval | test | gpu | lint | help.  Everything is installed into .venv; nothing else on the machine is changed, except that
 # `make demo` run by root installs Debian's package of Fashion-MNIST, and python3-venv where it is missing.
 
 PYTHON ?= python3
@@ -11,15 +11,24 @@ APT := apt-get -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends install
 DEMO_FLAGS := --dataset fashion_mnist --augmentation dino --arch resnet8 --width 64 --out_dim 1024 --beta 0.5 \
 	--batch_size_per_gpu 128 --lr 4e-3 --warmup_epochs 0.2 --max_steps 600
 
-.PHONY: help demo test gpu lint format data clean
+# what is evaluated, how, and where features are kept for the next evaluation
+EVAL_FLAGS := --checkpoint $(DEMO)/checkpoint.pth --precision auto --features_dir $(DEMO)/features --output_dir $(DEMO)
+
+.PHONY: help demo eval test gpu lint format data clean
 
 help: ## show what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.run data ## pretrain on Fashion-MNIST for about five minutes on two cores, evaluate, leave figures in runs/demo
 	$(RUN) main_cplearn.py $(DEMO_FLAGS) --output_dir $(DEMO)
-	$(RUN) eval_knn.py --checkpoint $(DEMO)/checkpoint.pth --nb_knn 20 --baselines --precision auto --output_dir $(DEMO)
+	$(RUN) eval_knn.py $(EVAL_FLAGS) --nb_knn 20 --baselines
 	@echo "run folder: $(DEMO)"; ls $(DEMO)
+
+eval: $(VENV)/.run data ## after make demo: every evaluation of its checkpoint, with tables and figures in runs/demo
+	$(RUN) eval_knn.py $(EVAL_FLAGS)
+	$(RUN) eval_linear.py $(EVAL_FLAGS)
+	$(RUN) eval_cluster.py $(EVAL_FLAGS) --match_k 10 --gallery --export $(DEMO)/codes.csv
+	$(RUN) eval_collapse.py $(EVAL_FLAGS)
 
 test: $(VENV)/.dev data ## install what the tests need and run them
 	$(RUN) -m pytest

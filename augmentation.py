@@ -143,8 +143,8 @@ def make_recipe(args):
 
 def make_crop_recipe(args):
     """One view per image, as linear classifiers are trained on (eval_linear.py of DINO): a random resized crop of 8 to
-    100 % of the area, flipped with probability 1/2 (not svhn), and nothing else. args: resolved flags of the data, and
-    args.seed."""
+    100 % of the area, bilinear, flipped with probability 1/2 (not svhn), and nothing else. args: resolved flags of the
+    data, and args.seed."""
     nothing = (0.0, 0.0, 0.0)
     return Recipe(
         seed=args.seed,
@@ -160,6 +160,7 @@ def make_crop_recipe(args):
         blur=nothing,
         solarize=nothing,
         noise_std=0.0,
+        interpolation="bilinear",
     )
 
 
@@ -190,6 +191,7 @@ class Recipe:
     blur: tuple
     solarize: tuple
     noise_std: float  # in units of the normalised image
+    interpolation: str = "bicubic"  # of resized crops; or "bilinear"
 
     def view_groups(self):
         return [group for group in (self.global_views, self.local_views) if group.views]
@@ -278,7 +280,7 @@ def crop_image(image, draws, group, recipe):
     else:
         boxes = resized_crop_boxes(draws, height, width, group.scale)
     for (top, left, h, w), flip in zip(boxes.tolist(), draws[:, FLIP] < recipe.flip, strict=True):
-        crop = resize(image[:, top : top + h, left : left + w], (group.size, group.size))
+        crop = resize(image[:, top : top + h, left : left + w], (group.size, group.size), recipe.interpolation)
         yield crop.flip(-1) if flip else crop
 
 
@@ -299,7 +301,8 @@ def crop_batch(images, draws, group, recipe):
     if shifted:
         down, right = (shift_matrix(start, size) for start in box)
     else:
-        down, right = (resize_matrix(*line, size) for line in zip(box[:2], box[2:], images.shape[2:], strict=True))
+        lines = zip(box[:2], box[2:], images.shape[2:], strict=True)
+        down, right = (resize_matrix(*line, size, recipe.interpolation) for line in lines)
     right = torch.where(flip[:, None, None] > 0, right.flip(1), right)
     x = images.float().repeat(len(group.views), 1, 1, 1)  # (n, C, H, W)
     n, channels, height, width = x.shape
@@ -332,11 +335,11 @@ def shifts(draws):
     return np.floor(draws[:, [TOP, LEFT]] * (2 * PADDING + 1)).astype(np.int64) - PADDING
 
 
-def resize(image, size):
-    """uint8 (C, H, W) -> uint8 (C, *size), bicubic with antialiasing: PIL's resize, and torchvision's."""
+def resize(image, size, interpolation="bicubic"):
+    """uint8 (C, H, W) -> uint8 (C, *size), with antialiasing: PIL's resize, and torchvision's."""
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    return F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
 
 
 def resize_batch(images, size):
@@ -349,8 +352,8 @@ def resize_batch(images, size):
     return (down @ x).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def resize_matrix(start, length, in_size, out_size):
-    """Weights that resize pixels [start, start + length) of a line to out_size pixels: PIL's bicubic with antialiasing.
+def resize_matrix(start, length, in_size, out_size, interpolation="bicubic"):
+    """Weights that resize pixels [start, start + length) of a line to out_size pixels, as PIL does with antialiasing.
 
     start, length: float32 (n,), px. Returns float32 (n, out_size, in_size); rows sum to 1.
     """
@@ -359,7 +362,10 @@ def resize_matrix(start, length, in_size, out_size):
     centre = start[:, None] + scale[:, None] * (torch.arange(out_size, device=start.device) + 0.5)  # (n, out)
     distance = pixel + 0.5 - centre[:, :, None]  # (n, out, in)
     d = distance.div_(scale.clamp(min=1)[:, None, None]).abs_().clamp_(max=2)
-    near, far = (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # Keys, a = -1/2
+    if interpolation == "bilinear":
+        near, far = 1 - d, torch.zeros_like(d)
+    else:
+        near, far = (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # Keys, a = -1/2
     inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])  # (n, in)
     weights = torch.where(d < 1, near, far).mul_(inside[:, None])
     return weights.div_(weights.sum(2, keepdim=True))

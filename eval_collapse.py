@@ -195,7 +195,7 @@ def report(rows, curves, args, subjects, num_images):
     components = max((row.get("components", 0) for row in rows), default=0)
     title = f"entropy, {components} comp. (nats)" if components else "entropy (nats)"
     columns = COLUMNS | {"entropy": (title, ".1f")}
-    notes = ["\n".join([row["checkpoint"], *verdict_lines(row)]) for row in rows]
+    notes = ["\n".join([row["checkpoint"], "", *verdict_lines(row)]) for row in rows]
     evaluation.report("collapse", rows, columns, args, subjects, notes, curves=curves, num_images=num_images)
 
 

@@ -71,7 +71,7 @@ OWN_COLUMNS = {
     "adam": {"epochs": ("epochs", "d"), "lr": ("lr", "g")},
     "dino": {"epochs": ("epochs", "d"), "best_test_top1": ("best epoch on the test images, top-1 %", ".2f")},
 }
-KEPT = "checkpoint_linear.pth"  # DINO's checkpoint.pth.tar
+KEPT = "checkpoint.pth.tar"  # DINO's name: its script goes on from ours, and ours from its
 
 
 def get_args_parser():
@@ -203,10 +203,10 @@ def train_with_crops(subject, train_images, val_images, subjects):
     rate lr * (images per step) / 256, from epoch to epoch along a cosine to 0; the backbone does not learn.
 
     All processes take part. As in DINO: crops of 8 to 100 % of the image, flips; the head begins normal(0, 0.01), its
-    biases at 0. Unlike DINO: the order and the crops are functions of (seed, epoch), crops are resized bicubically, and
-    images that do not fill the last step of an epoch wait for another epoch.
-    With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as in DINO's
-    checkpoint.pth.tar. Raises UserError where those that are there are of a run with other settings.
+    biases at 0. Unlike DINO: the order and the crops are functions of (seed, epoch), and images that do not fill the
+    last step of an epoch wait for another epoch.
+    With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as DINO
+    does. Raises UserError where those that are there are of a run with other settings.
     Returns as `fit_to_features`.
     """
     args, labels = subject.args, torch.as_tensor(train_images.labels)

@@ -81,7 +81,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> "PretrainedMod
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, model.settings[name])
     if getattr(args, "dataset", "") is None:
-        raise UserError(f"{args.checkpoint} does not say what it was trained on; name the images with --dataset")
+        if getattr(args, "data_path", None) is None:
+            raise UserError(f"{args.checkpoint} does not say what it was trained on; name the images with --data_path")
+        args.dataset = "imagefolder"  # DINO's files say nothing, and DINO knows nothing else
     return model.to(device)
 
 

@@ -151,7 +151,12 @@ def test_a_view_is_torchvisions_resized_crop():
     flip = draws[:, augmentation.FLIP] < 0.5
     mean, std = ([*values] for values in (args.mean, args.std))
     for i in range(64):
-        x = tv.resized_crop(images[batch.indices[i]], *boxes[i].tolist(), (32, 32), tv.InterpolationMode.BICUBIC)
+        image = images[batch.indices[i]]
+        x = tv.resized_crop(image, *boxes[i].tolist(), (32, 32), tv.InterpolationMode.BILINEAR)
+        (crop,) = augmentation.crop_image(
+            image, draws[i : i + 1], loader.recipe.global_views, loader.recipe
+        )  # of files
+        assert torch.equal(crop, x.flip(-1) if flip[i] else x)
         x = tv.normalize((x.flip(-1) if flip[i] else x).float() / 255, mean, std)
         assert (view[i] - x).abs().max() < 1.5 / 255 / min(std)  # rounding
     assert 20 < flip.sum() < 44
@@ -187,7 +192,7 @@ def run_by_hand(folder, epochs, batch_size=20, lr=0.5):
 def test_training_is_sgd_with_a_cosine_written_out(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 4))
     weight, bias, losses = run_by_hand(folder, epochs=4)
-    kept = utils.load_checkpoint(tmp_path / "checkpoint_linear.pth")
+    kept = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(kept["state_dict"]["module.linear.weight"].double(), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(kept["state_dict"]["module.linear.bias"].double(), bias, rtol=1e-4, atol=1e-6)
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -202,7 +207,7 @@ def test_the_score_is_the_last_epochs(folder, tmp_path):
     (row,), log = results(tmp_path), [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log if "test_acc1" in line] == [0, 3, 6]
     val, labels = pixels(folder, "val")
-    state = utils.load_checkpoint(tmp_path / "checkpoint_linear.pth")["state_dict"]
+    state = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")["state_dict"]
     with torch.no_grad():
         val = model_of(folder)(val)
     logits = F.linear(val, state["module.linear.weight"], state["module.linear.bias"])
@@ -229,7 +234,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch, cap
             eval_linear.main(dino(folder, tmp_path / "parts", "--epochs", 5))
     eval_linear.main(dino(folder, tmp_path / "parts", "--epochs", 5))
     assert calls == [0, 1, 1, 2, 2, 3, 4]
-    whole, parts = (utils.load_checkpoint(tmp_path / name / "checkpoint_linear.pth") for name in ("whole", "parts"))
+    whole, parts = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts"))
     assert repr(flattened(whole)) == repr(flattened(parts))
     assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
@@ -251,7 +256,7 @@ def flattened(value):
 
 def test_dinos_script_opens_the_checkpoint_and_ours_opens_dinos(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 2))
-    ours = utils.load_checkpoint(tmp_path / "checkpoint_linear.pth")
+    ours = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     theirs = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"linear": torch.nn.Linear(8, NUM_CLASSES)})})
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2, eta_min=0)
@@ -261,7 +266,7 @@ def test_dinos_script_opens_the_checkpoint_and_ours_opens_dinos(folder, tmp_path
     assert ours["best_acc"] == max(line["test_acc1"] for line in ours["log"])
     kept = {"epoch": 1, "state_dict": theirs.state_dict(), "optimizer": optimizer.state_dict()}
     (tmp_path / "dino").mkdir()
-    torch.save(kept | {"scheduler": scheduler.state_dict(), "best_acc": 7.0}, tmp_path / "dino/checkpoint_linear.pth")
+    torch.save(kept | {"scheduler": scheduler.state_dict(), "best_acc": 7.0}, tmp_path / "dino/checkpoint.pth.tar")
     eval_linear.main(dino(folder, tmp_path / "dino", "--epochs", 2))
     assert [json.loads(line)["epoch"] for line in (tmp_path / "dino/log.txt").read_text().splitlines()] == [1]
 
@@ -286,17 +291,17 @@ def test_a_released_head_gives_the_products_by_hand(folder, tmp_path, settings, 
     assert row["top1"] == pytest.approx(100 * (ranked[:, 0] == labels).double().mean().item())
     assert row["top5"] == pytest.approx(100 * (ranked == labels[:, None]).any(1).double().mean().item())
     assert 0 < row["top5"] < 100
-    assert not (tmp_path / "checkpoint_linear.pth").exists()
+    assert not (tmp_path / "checkpoint.pth.tar").exists()
 
 
 def test_evaluate_tests_the_folders_head(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 2))
     trained = results(tmp_path)
-    kept = (tmp_path / "checkpoint_linear.pth").read_bytes()
+    kept = (tmp_path / "checkpoint.pth.tar").read_bytes()
     eval_linear.main(flags(folder, "--protocol", "dino", "--evaluate", "--output_dir", tmp_path))
     for score in ("top1", "top5", "per_class"):
         assert results(tmp_path)[0][score] == trained[0][score]
-    assert (tmp_path / "checkpoint_linear.pth").read_bytes() == kept
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == kept
 
 
 def test_several_models_have_folders_of_their_own(folder, tmp_path):
@@ -304,7 +309,7 @@ def test_several_models_have_folders_of_their_own(folder, tmp_path):
     both.insert(1, str(folder / "vit.pth"))
     eval_linear.main(both)
     for name, width in (("vit", 192), ("resnet", 8)):
-        state = utils.load_checkpoint(tmp_path / name / "checkpoint_linear.pth")["state_dict"]
+        state = utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar")["state_dict"]
         assert state["module.linear.weight"].shape == (NUM_CLASSES, width)
         assert (tmp_path / f"confusion_{name}.png").exists()
     assert [row["checkpoint"] for row in results(tmp_path)] == ["vit.pth", "resnet.pth"]
@@ -323,7 +328,7 @@ def main_in_group(rank, argv):
 def test_two_processes_are_one_with_their_joined_batch(folder, tmp_path, run_in_processes):
     eval_linear.main(dino(folder, tmp_path / "one", "--epochs", 3))
     run_in_processes(main_in_group, dino(folder, tmp_path / "two", "--epochs", 3, "--batch_size_per_gpu", 10))
-    one, two = (utils.load_checkpoint(tmp_path / name / "checkpoint_linear.pth") for name in ("one", "two"))
+    one, two = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
     for name in ("module.linear.weight", "module.linear.bias"):
         torch.testing.assert_close(one["state_dict"][name], two["state_dict"][name], rtol=1e-5, atol=1e-6)
     for first, second in zip(one["log"], two["log"], strict=True):

@@ -367,8 +367,11 @@ def test_flags_not_given_are_the_checkpoint_s(dino):
     assert open_model(args, torch.device("cpu")).embed_dim == 192
     assert (args.img_size, args.in_chans, args.mean, args.std) == (32, 3, [0.5] * 3, None)
     args.dataset = None
-    with pytest.raises(UserError, match="--dataset"):
+    with pytest.raises(UserError, match="does not say what it was trained on; name the images with --data_path"):
         open_model(args, torch.device("cpu"))
+    args.data_path = "/data/imagenet"
+    open_model(args, torch.device("cpu"))
+    assert args.dataset == "imagefolder"  # as in DINO's own commands
 
 
 # ---- extraction ------------------------------------------------------------------------------------------------------
