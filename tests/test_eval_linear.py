@@ -139,7 +139,7 @@ def test_adam_and_several_models_in_one_table(folder, tmp_path):
 # ---- DINO's protocol -------------------------------------------------------------------------------------------------
 
 
-def test_a_view_is_torchvisions_resized_crop():
+def test_a_view_is_a_crop_that_pil_resizes():
     images = photographs()
     args = make_args("--dataset", "cifar10")
     loader = data.TrainLoader(data.ArrayImages("some", images), args, 64, recipe=augmentation.make_crop_recipe(args))
@@ -151,13 +151,13 @@ def test_a_view_is_torchvisions_resized_crop():
     flip = draws[:, augmentation.FLIP] < 0.5
     mean, std = ([*values] for values in (args.mean, args.std))
     for i in range(64):
-        image = images[batch.indices[i]]
-        x = tv.resized_crop(image, *boxes[i].tolist(), (32, 32), tv.InterpolationMode.BILINEAR)
-        (crop,) = augmentation.crop_image(
-            image, draws[i : i + 1], loader.recipe.global_views, loader.recipe
-        )  # of files
-        assert torch.equal(crop, x.flip(-1) if flip[i] else x)
-        x = tv.normalize((x.flip(-1) if flip[i] else x).float() / 255, mean, std)
+        image, (top, left, h, w) = images[batch.indices[i]], boxes[i].tolist()
+        pil = Image.fromarray(image[:, top : top + h, left : left + w].permute(1, 2, 0).numpy())
+        x = torch.from_numpy(np.array(pil.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+        x = x.flip(-1) if flip[i] else x
+        (of_file,) = augmentation.crop_image(image, draws[i : i + 1], loader.recipe.global_views, loader.recipe)
+        assert torch.equal(of_file, x)
+        x = tv.normalize(x.float() / 255, mean, std)
         assert (view[i] - x).abs().max() < 1.5 / 255 / min(std)  # rounding
     assert 20 < flip.sum() < 44
 
