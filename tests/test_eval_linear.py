@@ -158,7 +158,7 @@ def test_a_view_is_a_crop_that_pil_resizes():
         (of_file,) = augmentation.crop_image(image, draws[i : i + 1], loader.recipe.global_views, loader.recipe)
         assert torch.equal(of_file, x)
         x = tv.normalize(x.float() / 255, mean, std)
-        assert (view[i] - x).abs().max() < 1.5 / 255 / min(std)  # rounding
+        assert (view[i] - x).abs().max() < 2.5 / 255 / min(std)  # rounded twice
     assert 20 < flip.sum() < 44
 
 
