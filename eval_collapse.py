@@ -123,7 +123,6 @@ def analyse(subject, features, codes, args):
 def analyse_features(features, args):
     """(row, curves, how tight k-means groups are at each --gmm_components) of features (N, D)."""
     statistics = feature_statistics(features)
-    statistics["spread"] = 0.0 if math.isnan(statistics["spread"]) else statistics["spread"]  # all features are zero
     eigenvalues = collapse.covariance_eigenvalues(features)
     cosine = collapse.cosines(features, args.seed)
     row = {name: statistics[name] for name in ("feature_mean", "feature_std", "spread")} | {

@@ -191,7 +191,7 @@ def feature_statistics(features):
     numbers = torch.stack([
         features.mean(),
         centered.square().sum(dim=0).div(len(features) - 1).sqrt().mean(),
-        (centered.square().sum() / features.square().sum()).sqrt(),
+        (centered.square().sum() / features.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).sqrt(),
     ])  # fmt: skip
     mean, std, spread = numbers.tolist()
     rows = features[:MAX_FEATURE_ROWS]

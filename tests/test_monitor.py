@@ -70,6 +70,7 @@ def test_feature_statistics_against_numpy():
         (gaussian(), {}, set()),
         (gaussian() + 3, {}, set()),
         (torch.ones(512, 384) + 1e-4 * gaussian(), {}, {"representation"}),
+        (torch.zeros(512, 384), {}, {"representation"}),
         (gaussian(rank=3), {}, {"dimensional"}),
         (gaussian(), {"perplexity": 2.0}, {"cluster"}),
         (gaussian(), {"codes_used": 2}, {"cluster"}),
