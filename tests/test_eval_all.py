@@ -1,13 +1,17 @@
-"""What a user may get wrong is one line and exit code 2 in each script that opens a checkpoint; nothing is run."""
+"""All evaluations alike: what a user may get wrong is one line and exit code 2, a file's code never runs, and neither
+processes, batches nor the order of images change a score."""
 
 import importlib
+import json
 import pickle
 
 import pytest
 import torch
 
 from backbones import build_backbone
+from cplearn_head import CPLearnHead
 from pictures import picture, write
+from utils import init_distributed
 
 SCRIPTS = ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "visualize_attention", "export_backbone")
 EVALUATIONS = SCRIPTS[:4]
@@ -117,3 +121,90 @@ def test_help_is_quick_and_needs_nothing(script, capsys, monkeypatch):
         importlib.import_module(script).main(["--help"])
     assert stop.value.code == 0
     assert "--checkpoint" in capsys.readouterr().out
+
+
+# ---- what must not change a score ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two checkpoints with heads, and 60 images in three classes: not a multiple of any batch here."""
+    folder = tmp_path_factory.mktemp("several")
+    for name, seed in (("a", 1), ("b", 2)):
+        torch.manual_seed(seed)
+        backbone, head = build_backbone("resnet8", width=12), CPLearnHead(12, out_dim=40)
+        head(torch.randn(64, 12))
+        state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+        state |= {f"head.{k}": v for k, v in head.state_dict().items()}
+        args = {"arch": "resnet8", "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+        args |= {"dataset": "imagefolder", "activation": "l2", "beta": 0.25, "prior": "kl"}
+        torch.save({"teacher": state, "args": args}, folder / f"{name}.pth")
+    for split in ("train", "val"):
+        for number in range(60):
+            pixels = picture(20, 24, seed=1000 * (split == "val") + number)
+            pixels[..., number % 3] //= 2
+            write(folder / split / f"class{number % 3}" / f"{number:02d}.png", pixels)
+    return folder
+
+
+OWN_FLAGS = {
+    "eval_knn": ["--nb_knn", "1", "20"],
+    "eval_linear": ["--epochs", "3"],
+    "eval_cluster": ["--kmeans", "0", "--match_k", "3"],
+    "eval_collapse": ["--gmm_components", "4", "--tsne_samples", "0"],
+}
+
+
+def run_all(rank, folder, output_dir, batch_size):
+    """Every evaluation, in the process group that there is."""
+    flags = ["--checkpoint", f"{folder}/a.pth", f"{folder}/b.pth", "--data_path", str(folder), "--num_workers", "0"]
+    flags += ["--device", "cpu", "--output_dir", str(output_dir), "--batch_size", str(batch_size), "--baselines"]
+    for script, own in OWN_FLAGS.items():
+        importlib.import_module(script).main.__wrapped__([*flags, *own])  # without the end of the process group
+
+
+def rows(output_dir):
+    found = {}
+    for script in OWN_FLAGS:
+        name = script.removeprefix("eval_")
+        found[name] = json.loads((output_dir / f"results_{name}.json").read_text())["rows"]
+    return found
+
+
+def test_processes_and_batches_change_no_score(several, tmp_path, run_in_processes):
+    init_distributed("cpu")
+    try:
+        run_all(0, several, tmp_path / "one", 128)
+    finally:
+        torch.distributed.destroy_process_group()
+    run_in_processes(run_all, several, tmp_path / "two", 7)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["checkpoint"] for row in one["knn"][::2]] == ["raw pixels", "random weights", "a.pth", "b.pth"]
+    assert one["knn"] == two["knn"]
+    assert one["cluster"] == two["cluster"]
+    assert {row["method"] for row in one["cluster"]} == {"codes", "codes merged to 3"}
+    for name in ("linear", "collapse"):  # sums of floats in another order
+        for row, other in zip(one[name], two[name], strict=True):
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            assert numbers == pytest.approx({key: other[key] for key in numbers}, rel=2e-3, abs=1e-4), name
+    scores = {(row["checkpoint"], row["k"]): row["top1"] for row in one["knn"]}
+    assert scores["a.pth", 20] > 40  # not chance
+
+
+def test_names_and_order_of_files_change_no_score(several, tmp_path):
+    for path in several.glob("*/class*/*.png"):  # classes and files in the opposite order
+        _, split, label, name = path.relative_to(several.parent).parts
+        new = tmp_path / split / f"class{9 - int(label[-1])}" / f"{99 - int(name[:2]):02d}.png"
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(path.read_bytes())
+    found = []
+    for folder in (several, tmp_path):
+        flags = ["--checkpoint", str(several / "a.pth"), "--data_path", str(folder), "--num_workers", "0"]
+        flags += ["--device", "cpu", "--output_dir", str(tmp_path / "out")]
+        for script in ("eval_knn", "eval_cluster"):
+            importlib.import_module(script).main([*flags, *OWN_FLAGS[script]])
+        scores = [json.loads((tmp_path / "out" / f"results_{name}.json").read_text()) for name in ("knn", "cluster")]
+        found.append([row for result in scores for row in result["rows"]])
+    for row, other in zip(*found, strict=True):
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        assert numbers == pytest.approx({key: other[key] for key in numbers}, abs=1e-9)
