@@ -38,9 +38,17 @@ from utils import UserError
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
+# flags of DINO's evaluations that have no meaning here, and what to do instead
+DINO_ONLY = {
+    "--dump_features": "use --features_dir, which keeps features and finds them again",
+    "--load_features": "use --features_dir, which keeps features and finds them again",
+    "--use_cuda": "use --device",
+}
+
+
 def evaluation_parser(prog, description):
     """A parser with the flags that every evaluation takes."""
-    parser = utils.ArgumentParser(prog, description)
+    parser = utils.ArgumentParser(prog, description, DINO_ONLY)
     data.add_dataset_arguments(parser)
     parser.set_defaults(dataset=None)  # the checkpoint's
     features.add_checkpoint_arguments(parser, several=True)

@@ -64,8 +64,22 @@ NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 GO_ON, SAVE, SAVE_AND_STOP = range(3)  # what the processes agree on after each step
 
 
+# flags of DINO's training that have no meaning here, and what to do instead
+DINO_ONLY = {
+    "--momentum_teacher": "there is no teacher",
+    "--teacher_temp": "there is no teacher; tau follows from --out_dim and the batch size",
+    "--warmup_teacher_temp": "there is no teacher",
+    "--warmup_teacher_temp_epochs": "there is no teacher",
+    "--norm_last_layer": "the last layer is a frozen dictionary",
+    "--freeze_last_layer": "the last layer is a frozen dictionary",
+    "--use_bn_in_head": "the head always has batch norm",
+    "--use_fp16": "use --precision bf16, fp16 or fp32",
+    "--batch_size": "use --batch_size_per_gpu",
+}
+
+
 def get_args_parser():
-    parser = ArgumentParser("main_cplearn.py", description="Pretrain a backbone without labels by CPLearn.")
+    parser = ArgumentParser("main_cplearn.py", "Pretrain a backbone without labels by CPLearn.", DINO_ONLY)
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
@@ -729,35 +743,9 @@ def make_folder(folder):
         raise UserError(f"--output_dir {folder}: cannot be written to")
 
 
-# flags of DINO's training that have no meaning here, and what to do instead
-DINO_ONLY = {
-    "--momentum_teacher": "there is no teacher",
-    "--teacher_temp": "there is no teacher; tau follows from --out_dim and the batch size",
-    "--warmup_teacher_temp": "there is no teacher",
-    "--warmup_teacher_temp_epochs": "there is no teacher",
-    "--norm_last_layer": "the last layer is a frozen dictionary",
-    "--freeze_last_layer": "the last layer is a frozen dictionary",
-    "--use_bn_in_head": "the head always has batch norm",
-    "--use_fp16": "use --precision bf16, fp16 or fp32",
-    "--batch_size": "use --batch_size_per_gpu",
-    "--dist_url": "use torchrun, which sets MASTER_ADDR and MASTER_PORT",
-    "--local_rank": "use torchrun, which sets LOCAL_RANK",
-    "--local-rank": "use torchrun, which sets LOCAL_RANK",
-}
-
-
-def parse_arguments(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        flag = word.split("=")[0]
-        if flag in DINO_ONLY:
-            raise UserError(f"{flag} has no meaning for CPLearn: {DINO_ONLY[flag]}")
-    return get_args_parser().parse_args(argv)
-
-
 @command_line
 def main(argv=None):
-    train(parse_arguments(argv))
+    train(get_args_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

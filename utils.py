@@ -34,11 +34,29 @@ class _HelpFormatter(argparse.HelpFormatter):
         return action.help if told else f"{action.help} (default: %(default)s)"
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that shows every default, takes no abbreviations, and reports a mistake as one UserError line."""
+# what torch.distributed.launch and DINO's scripts are given; torchrun says the same in the environment
+LAUNCH_FLAGS = {
+    "--dist_url": "use torchrun, which sets MASTER_ADDR and MASTER_PORT",
+    "--local_rank": "use torchrun, which sets LOCAL_RANK",
+    "--local-rank": "use torchrun, which sets LOCAL_RANK",
+}
 
-    def __init__(self, prog, description):
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that shows every default, takes no abbreviations, and reports a mistake as one UserError line.
+
+    instead: {flag: what to do instead}, for flags of DINO's that have no meaning here."""
+
+    def __init__(self, prog, description, instead=None):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.instead = LAUNCH_FLAGS | (instead or {})
+
+    def parse_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.partition("=")[0]
+            if flag in self.instead:
+                raise UserError(f"{flag} has no meaning here: {self.instead[flag]}")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")

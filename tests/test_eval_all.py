@@ -115,6 +115,17 @@ def test_images_that_cannot_be_scored(folder, script, images, flags, message, ca
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_dino_s_launcher_say_what_to_do(script, folder, capsys):
+    error = refusal(script, [*command(script, folder), "--local-rank=0"], capsys)
+    assert "--local-rank has no meaning here: use torchrun" in error
+
+
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_flags_of_dino_s_scripts_say_what_to_do(script, folder, capsys):
+    assert "use --features_dir" in refusal(script, [*command(script, folder), "--dump_features", "x"], capsys)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_quick_and_needs_nothing(script, capsys, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", None)
     with pytest.raises(SystemExit) as stop:

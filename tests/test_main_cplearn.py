@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_cplearn
 from cplearn_head import CPLearn
-from main_cplearn import parse_arguments, train
+from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from utils import UserError, load_checkpoint
 
@@ -59,7 +59,7 @@ def flags(folder, output_dir, **changes):
 
 
 def run(*args, **changes):
-    return train(parse_arguments(flags(*args, **changes)))
+    return train(get_args_parser().parse_args(flags(*args, **changes)))
 
 
 def start(words, processes=1, **env):
@@ -155,7 +155,7 @@ def test_checkpoint_opens_with_plain_torch_load_and_as_dino_does(folder, tmp_pat
 
 
 def test_decay_spares_biases_norms_and_positions(folder, tmp_path):
-    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path)))
+    built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path)))
     plain = next(g for g in built.optimizer.param_groups if not g["decayed"])
     for name in ("backbone.cls_token", "backbone.pos_embed", "backbone.norm.weight", "objective.head.linear.bias"):
         assert name in plain["names"]
@@ -355,7 +355,9 @@ def test_temperature_outlives_another_batch_size(folder, tmp_path):
     run(folder, tmp_path, max_steps=2, activation="tanh")
     state = load_checkpoint(tmp_path / "checkpoint.pth")
     changes = {"batch_size_per_gpu": 4, "allow_changed_flags": True}
-    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, max_steps=2, activation="tanh", **changes)))
+    built = main_cplearn.build_run(
+        get_args_parser().parse_args(flags(folder, tmp_path, max_steps=2, activation="tanh", **changes))
+    )
     assert built.model.objective.head.tau != state["student"]["head.scale"][0]
     main_cplearn.resume(built)
     assert built.model.objective.head.tau == state["student"]["head.scale"][0]
@@ -407,7 +409,7 @@ class CountWaits(TorchDispatchMode):
 @pytest.mark.parametrize("augmentation", ["dino", "small"])
 def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation):
     changes = {"augmentation": augmentation, "local_crops_number": 2, "local_crops_size": 16}
-    built = main_cplearn.build_run(parse_arguments(flags(folder, tmp_path, **changes)))
+    built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path, **changes)))
     built.log = main_cplearn.RunLog(tmp_path, 0, 10)
     batches = built.loader.epoch(0)
     main_cplearn.train_one_step(built, next(batches), 0)  # the first one draws a figure
@@ -490,7 +492,7 @@ def test_mistakes_are_one_line(folder, tmp_path, changes, said):
 @pytest.mark.parametrize("flag", ["--momentum_teacher", "--teacher_temp=0.04", "--use_fp16", "--norm_last_layer"])
 def test_dino_only_flags_say_why(flag):
     with pytest.raises(UserError, match="no meaning"):
-        parse_arguments([flag, "1"])
+        get_args_parser().parse_args([flag, "1"])
 
 
 def test_command_line_exit_codes(tmp_path):
