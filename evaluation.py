@@ -152,12 +152,11 @@ def open_subjects(args, device):
     for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
         own = copy.copy(args)
         own.checkpoint, own.checkpoint_key = split_key(path, args.checkpoint_key)
-        model = features.open_model(own, device)
-        data.resolve_dataset_defaults(own)
-        subjects.append(Subject(name, model, own, device))
-    trained_on = {subject.args.dataset for subject in subjects}
-    if len(trained_on) > 1:
-        raise UserError(f"the checkpoints were trained on different data sets, {trained_on}: name one with --dataset")
+        subjects.append(Subject(name, features.open_model(own, torch.device("cpu")), own, device))
+    dataset = features.choose_dataset(args, [subject.model for subject in subjects])
+    for subject in subjects:
+        subject.args.dataset = dataset
+        data.resolve_dataset_defaults(subject.args)
     subjects = (baselines(subjects[0]) if args.baselines else []) + subjects
     for subject, stem in zip(subjects, file_stems([subject.name for subject in subjects]), strict=True):
         subject.stem = stem

@@ -33,7 +33,7 @@ from utils import UserError
 from vision_transformer import VisionTransformer
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-FROM_CHECKPOINT = ("dataset", "img_size", "in_chans", "mean", "std")  # what evaluations take over from the file
+FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std")  # what evaluations take over from the file
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -80,11 +80,22 @@ def open_model(args: argparse.Namespace, device: torch.device) -> "PretrainedMod
     for name in FROM_CHECKPOINT:
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, model.settings[name])
-    if getattr(args, "dataset", "") is None:
-        if getattr(args, "data_path", None) is None:
-            raise UserError(f"{args.checkpoint} does not say what it was trained on; name the images with --data_path")
-        args.dataset = "imagefolder"  # DINO's files say nothing, and DINO knows nothing else
     return model.to(device)
+
+
+def choose_dataset(args: argparse.Namespace, models: list["PretrainedModel"]) -> str:
+    """The data set that args.dataset names; else the one that the models were trained on, as far as they say; else, as
+    in DINO, whose files do not, the image folder args.data_path. Raises UserError where that is not one data set."""
+    said = {model.settings["dataset"] for model in models} - {None}
+    if args.dataset is not None:
+        return args.dataset
+    if len(said) > 1:
+        names = ", ".join(sorted(said))
+        raise UserError(f"the checkpoints were trained on different data sets, {names}: name one with --dataset")
+    if not said and args.data_path is None:
+        files = args.checkpoint if isinstance(args.checkpoint, str) else ", ".join(args.checkpoint)
+        raise UserError(f"{files} does not say what it was trained on; name the images with --data_path")
+    return said.pop() if said else "imagefolder"
 
 
 def choose_precision(precision, device):

@@ -15,7 +15,14 @@ import torch
 import utils
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
-from features import PretrainedModel, add_checkpoint_arguments, extract_features, load_pretrained, open_model
+from features import (
+    PretrainedModel,
+    add_checkpoint_arguments,
+    choose_dataset,
+    extract_features,
+    load_pretrained,
+    open_model,
+)
 from utils import UserError
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -363,15 +370,24 @@ def test_flags_not_given_are_the_checkpoint_s(dino):
     parser = argparse.ArgumentParser()
     add_checkpoint_arguments(parser)
     args = parser.parse_args(["--pretrained_weights", str(dino[0])])
-    args.img_size, args.in_chans, args.mean, args.std, args.dataset = None, None, [0.5] * 3, None, "cifar10"
+    args.img_size, args.in_chans, args.mean, args.std = None, None, [0.5] * 3, None
     assert open_model(args, torch.device("cpu")).embed_dim == 192
     assert (args.img_size, args.in_chans, args.mean, args.std) == (32, 3, [0.5] * 3, None)
-    args.dataset = None
-    with pytest.raises(UserError, match="does not say what it was trained on; name the images with --data_path"):
-        open_model(args, torch.device("cpu"))
+
+
+def test_the_data_set_is_given_or_the_checkpoints_or_a_folder():
+    silent, small, other = (PretrainedModel(vit(0), settings={"dataset": d}) for d in (None, "cifar10", "svhn"))
+    args = argparse.Namespace(dataset=None, data_path=None, checkpoint=["a.pth", "b.pth"])
+    assert choose_dataset(args, [silent, small]) == "cifar10"
+    with pytest.raises(UserError, match="different data sets, cifar10, svhn: name one with --dataset"):
+        choose_dataset(args, [small, other])
+    with pytest.raises(UserError, match=r"a.pth, b.pth does not say what it was trained on; .* --data_path"):
+        choose_dataset(args, [silent, silent])
     args.data_path = "/data/imagenet"
-    open_model(args, torch.device("cpu"))
-    assert args.dataset == "imagefolder"  # as in DINO's own commands
+    assert choose_dataset(args, [silent]) == "imagefolder"  # as in DINO's own commands
+    assert choose_dataset(args, [silent, small]) == "cifar10"
+    args.dataset = "svhn"
+    assert choose_dataset(args, [small, other]) == "svhn"
 
 
 # ---- extraction ------------------------------------------------------------------------------------------------------
