@@ -250,7 +250,7 @@ def test_one_process_of_several_draws(run, tmp_path, monkeypatch):
         ("photos/a.png", ["--image_size", "1", "2", "3"], "--image_size [1, 2, 3]"),
         ("photos/a.png", ["--image_size", "0"], "--image_size [0]"),
         ("photos/missing.png", [], "photos/missing.png: FileNotFoundError"),
-        ("photos/broken.jpg", [], "photos/broken.jpg: UnidentifiedImageError"),
+        ("photos/broken.jpg", [], "photos/broken.jpg: not an image"),
         ("bad", [], "bad/x.png: "),
         ("empty", [], "empty: no image in it"),
         ("photos/a.png", ["--output_dir", "{folder}/vit_tiny.pth"], "--output_dir"),
