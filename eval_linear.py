@@ -460,7 +460,7 @@ def draw_confusion(percent, classes, path):
         axis.set_xticks(range(len(classes)), classes, rotation=90)
         axis.set_yticks(range(len(classes)), classes)
     if len(classes) <= 12:
-        for row, column in np.argwhere(percent >= 0.5):
+        for row, column in np.argwhere(percent > 0.5):
             value = percent[row, column]
             colour = "white" if value > 30 else "black"
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
