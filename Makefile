@@ -30,8 +30,8 @@ eval: $(VENV)/.run data ## after make demo: every evaluation of its checkpoint, 
 	$(RUN) eval_cluster.py $(EVAL_FLAGS) --match_k 10 --gallery --export $(DEMO)/codes.csv
 	$(RUN) eval_collapse.py $(EVAL_FLAGS)
 
-test: $(VENV)/.dev data ## install what the tests need and run them
-	$(RUN) -m pytest
+test: $(VENV)/.dev data ## install what the tests need and run them, two files at a time
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 gpu: $(VENV)/.dev ## on a GPU: test the CUDA kernels, then time them beside the other forms of the loss
 	$(RUN) -m pytest tests/test_triton_loss.py tests/test_main_cplearn.py -m "not slow" -k gpu -rs
