@@ -93,12 +93,12 @@ class Subject:
         --features_dir where they are there, and then mapped into memory, not loaded. Processes call it together."""
         if self.args.features_dir is None:
             return self._compute(images)
-        folder = Path(self.args.features_dir) / self._cache_key(images)
-        if not agreed(folder.is_dir()):
+        folder = from_first(Path(self.args.features_dir) / self._cache_key(images))
+        if not from_first(folder.is_dir()):
             matrices = self._compute(images)
             if utils.rank() == 0:
                 store_features(folder, *matrices, self._cache_meaning(images))
-            agreed(True)  # the others wait for the first
+            from_first(None)  # the others wait for the first
         return load_features(folder)
 
     def describe(self):
@@ -122,6 +122,7 @@ class Subject:
         return {
             "model": self.describe(),
             "images": images.fingerprint,
+            "files": None if isinstance(images, data.ArrayImages) else files_fingerprint(images),
             "num_images": len(images),
             **image_flags,
         }
@@ -136,6 +137,18 @@ def fingerprint(model):
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def files_fingerprint(images, most=1000):
+    """Of the folder of images, and of size and time of change of at most `most` files in it, evenly spread: another
+    folder with the same names in it, or images made anew, are other images. 16 hexadecimal digits."""
+    root = os.path.realpath(images.root)
+    digest = hashlib.sha256(root)
+    for index in np.unique(np.linspace(0, len(images) - 1, most).astype(int)):
+        with contextlib.suppress(OSError):  # a file that is not there is named when it is read
+            status = os.stat(os.path.join(root, images.relative_name(index)))
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -281,12 +294,12 @@ def load_features(folder):
     return tuple(arrays)
 
 
-def agreed(condition):
-    """Whether the first process says so: a file may be seen by one process and not yet by another."""
-    answer = torch.tensor(int(condition))
+def from_first(value):
+    """The first process's value, on all of them: a file may be seen by one process and not yet by another."""
+    answer = [value]
     if utils.world_size() > 1:
-        dist.broadcast(answer, src=0)
-    return bool(answer)
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 # ---- one table of results --------------------------------------------------------------------------------------------

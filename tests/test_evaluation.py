@@ -141,11 +141,15 @@ def test_whatever_changes_features_changes_their_name(folder, tmp_path):
     changed = both(folder)[0][0]
     changed.model.backbone.block1.conv1.bias[0] += 1e-6
     keys.add(changed._cache_key(images))
-    write_class_folders(tmp_path / "val")
-    (tmp_path / "val" / "ant" / "0.jpg").rename(tmp_path / "val" / "ant" / "00.jpg")
+    write_class_folders(tmp_path / "val")  # the same names and pictures in another folder
     subject.args.data_path = str(tmp_path)
     keys.add(subject._cache_key(open_images([subject], "val")))
-    assert len(keys) == 9
+    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "ant" / "0.jpg")  # made anew
+    keys.add(subject._cache_key(open_images([subject], "val")))
+    (tmp_path / "val" / "ant" / "0.jpg").rename(tmp_path / "val" / "ant" / "00.jpg")
+    keys.add(subject._cache_key(open_images([subject], "val")))
+    assert len(keys) == 11
+    assert subject._cache_key(open_images([subject], "val")) in keys
 
 
 def test_damaged_features_are_named(folder, tmp_path):
