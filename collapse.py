@@ -302,7 +302,8 @@ def certificate(h, codes, tau, beta, prior, eps):
 
     Both views of an image are the image itself, without augmentation, so that invariance is the mean entropy of p; the
     prior is that of the mean p over all N images. `gap` = loss - Lemma 1's bound, in nats; at 0 neither representation
-    nor cluster collapse has happened. With N < K images it cannot fall below `gap_floor` (cplearn_head.prior_floor).
+    nor cluster collapse has happened. N < K images with one code each, all different, have `gap_floor`
+    (cplearn_head.prior_floor); p that spreads over codes can have less.
 
     h: (N, F).  codes: (F, K) of -1 and +1, on the device that computes; cast to h's dtype once (4 F K bytes).
     Never an N x K array: b x K at a time, sums in float64. Also gives the perplexity of the mean p.

@@ -210,7 +210,7 @@ def describe_theory(row):
     return (
         f"alignment {row['alignment']:.3f} (random directions {row['alignment_chance']:.3f}); off-diagonal mass of "
         f"H^T H {row['off_diagonal_mass']:.3f}; gap to Lemma 1 {row['gap']:.3f} nats "
-        f"(no less than {row['gap_floor']:.3f} with these images)"
+        f"({row['gap_floor']:.3f} for one code per image, as even as {row['num_codes']} codes can be)"
     )
 
 
