@@ -90,7 +90,6 @@ def main(argv=None):
 
 def analyse(subject, features, codes, args):
     """(row of the table, curves for JSON and figures, arrays for pictures) of one model."""
-    check_finite(features, subject.name)
     head = subject.model.head
     row, curves, tight = analyse_features(features, args)
     sample = collapse.some_indices(len(features), collapse_figures.ADJACENCY_ROWS, args.seed)
@@ -243,11 +242,6 @@ def narrow_enough(subject):
     if width > MAX_WIDTH:
         note(f"{subject.name} left out: {width} features; these analyses take up to {MAX_WIDTH}")
     return width <= MAX_WIDTH
-
-
-def check_finite(features, name):
-    if not torch.isfinite(features).all():
-        raise UserError(f"{name}: features hold NaN or infinity: did its training diverge? try --precision fp32")
 
 
 def finite(value):

@@ -56,9 +56,7 @@ def main(argv=None):
     check_knn(args.nb_knn, args.temperature, len(train_images))
     rows = []
     for subject, (train, _), (test, _) in evaluation.extract_all(subjects, train_images, test_images):
-        accuracy = knn_accuracy(
-            train, train_images.labels, test, test_images.labels, args.nb_knn, args.temperature, subject.name
-        )
+        accuracy = knn_accuracy(train, train_images.labels, test, test_images.labels, args.nb_knn, args.temperature)
         rows += [
             {"checkpoint": subject.name, "k": k, "temperature": temperature, **scores}
             for (k, temperature), scores in accuracy.items()
@@ -71,14 +69,14 @@ def main(argv=None):
 # ---- the classifier --------------------------------------------------------------------------------------------------
 
 
-def knn_accuracy(train_features, train_labels, test_features, test_labels, ks=(20,), temperatures=(0.07,), name=None):
+def knn_accuracy(train_features, train_labels, test_features, test_labels, ks=(20,), temperatures=(0.07,)):
     """Accuracy of `knn_classify`: {(k, temperature): {"top1": percent, "top5": percent}}.
 
-    Arguments as there; test_labels: (M,) integers. name: of the model, for messages.
+    Arguments as there; test_labels: (M,) integers.
     Local to the calling process: nothing is exchanged.
     A class without any vote is never a hit; DINO's script fills the five up with classes in arbitrary order.
     """
-    predictions = knn_classify(train_features, train_labels, test_features, ks, temperatures, name=name)
+    predictions = knn_classify(train_features, train_labels, test_features, ks, temperatures)
     test_labels = torch.as_tensor(test_labels)
     check_labels(test_labels, len(test_features), "test")
     accuracy = {}
@@ -99,7 +97,6 @@ def knn_classify(
     ks=(10, 20, 100, 200),
     temperatures=(0.07,),
     chunk_size=None,
-    name=None,
 ):
     """Weighted vote of the k most similar training images, for each k and temperature:
 
@@ -110,15 +107,12 @@ def knn_classify(
     chunk_size: b; by default as many as `MEMORY_MB` allow, beside one normalised copy of train_features (2 GB for
         ImageNet at D = 384; faiss searches it in place). It changes the memory used, not the result.
     Returns {(k, temperature): (M, 5) int64}: classes by falling vote, -1 where fewer than five have one.
-    Raises UserError for k outside [1, N], a temperature that is not positive, missing labels, or features that are not
-    finite.
+    Raises UserError for k outside [1, N], a temperature that is not positive, and missing labels.
     Source: Wu et al. 2018 (arXiv 1805.01978), as in DINO, which takes at most 1000 classes in (b, k, C) arrays.
     """
     train_labels = torch.as_tensor(train_labels)
     check_knn(ks, temperatures, len(train_features))
     check_labels(train_labels, len(train_features), "training")
-    check_finite(train_features, "training", name)
-    check_finite(test_features, "test", name)
     num_classes = int(train_labels.max()) + 1
     train = F.normalize(train_features.float(), dim=1)
     ranked = {setting: [] for setting in itertools.product(ks, temperatures)}
@@ -175,15 +169,6 @@ def check_labels(labels, num_images, which):
     if (labels < 0).any():
         raise UserError(
             f"{int((labels < 0).sum())} of {num_images} {which} images have no label; k-NN needs one for each"
-        )
-
-
-def check_finite(features, which, name=None):
-    # a row's sum is finite only if all of it is; isfinite(features) would make a second copy of them
-    if not torch.isfinite(features.sum(dim=1)).all():
-        of = f" of {name}" if name else ""
-        raise UserError(
-            f"the {which} features{of} hold NaN or infinity: did the model's training diverge? try --precision fp32"
         )
 
 

@@ -451,9 +451,10 @@ def extract_features(model, batches, num_samples, device, precision="fp32", titl
         that comes twice, as when shares are padded to equal length, counts once.
     num_samples: N; the indices are those from 0 to N - 1, in any order.
     precision: "fp32", "bf16" or "fp16", of the forward pass.
-    title: of a progress bar over this process's batches, on the first process of a terminal; None: no bar.
+    title: the model's name, for messages and for a progress bar on the first process of a terminal; None: no bar.
     Returns (features (N, D) float32, codes (N,) int64 or None), on CPU, all of them on every process.
-    Raises ValueError where an index never comes. Memory: N x D x 4 bytes per process.
+    Raises ValueError where an index never comes, UserError where a feature is NaN or infinite.
+    Memory: N x D x 4 bytes per process.
     """
     dtype = PRECISIONS[precision]
     has_codes = isinstance(model, PretrainedModel) and model.head is not None
@@ -478,7 +479,12 @@ def extract_features(model, batches, num_samples, device, precision="fp32", titl
         progress.update(len(indices) * utils.world_size())
     progress.close()
     model.train(was_training)
-    return _gather(features, codes, owner)
+    features, codes = _gather(features, codes, owner)
+    # a row's sum is finite only if all of it is; isfinite(features) would make a second copy of them
+    if not torch.isfinite(features.sum(dim=1)).all():
+        whose = f"the features of {title}" if title else "the features"
+        raise UserError(f"{whose} hold NaN or infinity: did its training diverge? try --precision fp32")
+    return features, codes
 
 
 def _gather(features, codes, owner):

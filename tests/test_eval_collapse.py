@@ -227,7 +227,7 @@ def test_two_processes_write_what_one_does(run, run_in_processes, folder, tmp_pa
         (["--gmm_components", "5", "0"], "--gmm_components 0: expected positive numbers"),
         (["--data_path", "{folder}/few"], "--split val has 8 images; expected at least 10"),
         (["--split", "test"], "--split"),
-        (["--checkpoint", "{folder}/nan.pth"], "nan.pth: features hold NaN or infinity"),
+        (["--checkpoint", "{folder}/nan.pth"], "nan.pth hold NaN or infinity"),
     ],
 )
 def test_command_stops_with_one_line(folder, flags, message, capsys):

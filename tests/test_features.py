@@ -436,6 +436,14 @@ def test_extraction_is_in_eval_mode_and_leaves_the_mode_as_it_was():
     features @ torch.ones(512, 1, requires_grad=True)  # a probe may be trained on them
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_are_not_finite_are_named(value):
+    images = pixels(5)
+    images[3, 1, 2, 2] = value
+    with pytest.raises(UserError, match=r"the features of a\.pth hold NaN or infinity: did its training diverge"):
+        extract_features(torch.nn.Flatten(), batched(images, range(5), 2), 5, CPU, title="a.pth")
+
+
 def test_raw_pixels_need_no_model():
     features, codes = extract_features(torch.nn.Flatten(), batched(pixels(5), range(5), 2), 5, CPU)
     assert torch.equal(features, pixels(5).flatten(1))
