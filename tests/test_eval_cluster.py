@@ -450,6 +450,6 @@ def test_a_diverged_model_is_named(folder, tmp_path):
     checkpoint = torch.load(folder / "a.pth", weights_only=True)
     checkpoint["teacher"]["backbone.block1.conv1.weight"].fill_(torch.nan)
     torch.save(checkpoint, folder / "nan.pth")
-    with pytest.raises(UserError, match="nan.pth hold NaN or infinity"):
+    with pytest.raises(UserError, match=r"nan\.pth hold NaN or infinity"):
         first = ["--checkpoint", str(folder / "nan.pth"), "--data_path", str(folder / "images"), "--device", "cpu"]
         eval_cluster.main.__wrapped__([*first, "--num_workers", "0"])
