@@ -62,7 +62,7 @@ def evaluation_parser(prog, description):
     )
     add(
         "--batch_size_per_gpu", "--batch_size", dest="batch_size", type=int, default=128,
-        help="images per forward pass and process; any value, same result",
+        help="images per forward pass and process; changes no score, except where eval_linear.py trains with it (dino)",
     )  # fmt: skip
     add(
         "--features_dir",
