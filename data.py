@@ -15,12 +15,14 @@ Shapes: N images of a set, B of a batch (b where the last may be short), V views
 
 import dataclasses
 import fcntl
+import functools
 import gzip
 import hashlib
 import io
 import itertools
 import math
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -42,7 +44,7 @@ from augmentation import (
     uniform,
     view_draws,
 )
-from utils import UserError
+from utils import RunFailed, UserError
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -214,13 +216,15 @@ class TrainLoader:
             )
         if isinstance(images, FolderImages):
             self.plan = EpochPlan()
-            self.workers = worker_loader(  # for all epochs: the workers keep no state, what to do comes with the item
+            self.start_workers = functools.partial(
+                worker_loader,
                 CropDataset(images, self.recipe),
                 self.plan,
                 args.num_workers,
                 persistent_workers=args.num_workers > 0,
                 pin_memory=torch.cuda.is_available(),
             )
+            self.workers = self.start_workers()  # for all epochs: they keep no state, what to do comes with the item
 
     def epoch(self, epoch, first_step=0):
         """Iterates over the Batches of one epoch from step `first_step` on; those before it are not read."""
@@ -229,13 +233,35 @@ class TrainLoader:
         mine = order.reshape(self.steps_per_epoch, self.world_size, self.batch_size)[first_step:, self.rank]
         self.num_bad_images = 0
         if isinstance(self.images, FolderImages):
-            self.plan.epoch, self.plan.steps = epoch, mine
-            batches = iter(self.workers)
+            batches = self.batches_of_files(epoch, mine)
         else:
             batches = (self.batch_in_memory(epoch, indices) for indices in mine)
         for batch in batches:
             self.note_bad_images(batch)
             yield batch
+
+    def batches_of_files(self, epoch, steps):
+        """What the workers make. If one dies, all are replaced and go on: a batch is a function of its items."""
+        done = deaths = 0
+        while done < len(steps):
+            self.plan.epoch, self.plan.steps = epoch, steps[done:]
+            batches = iter(self.workers)
+            hear_of_dead_workers_in_next_only()
+            try:
+                for batch in batches:
+                    yield batch
+                    done, deaths = done + 1, 0
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                deaths += 1
+                if deaths > MAX_DEATHS:
+                    raise RunFailed(
+                        f"data workers died {deaths} times without making one batch; if memory was short, lower "
+                        "--num_workers"
+                    ) from None
+                print(f"a data worker died ({first_line(error)}); starting new ones", flush=True)
+                self.workers = self.start_workers()
 
     def batch_in_memory(self, epoch, indices):
         batch = Batch(epoch, indices, images=self.images.data[torch.from_numpy(indices)])
@@ -281,6 +307,15 @@ ORDER_OF_EPOCH, REPLACEMENT = 1 << 32, (1 << 32) + 1
 def epoch_order(seed, epoch, count):
     """A permutation of range(count), int64 (count,)."""
     return np.argsort(uniform(seed, epoch, np.arange(count), ORDER_OF_EPOCH, 1)[:, 0], kind="stable")
+
+
+MAX_DEATHS = 3  # of workers, in a row
+
+
+def hear_of_dead_workers_in_next_only():
+    """PyTorch's handler of SIGCHLD raises its error wherever the main thread happens to be, in the middle of an update
+    of the weights too. Without it `next(batches)` notices within five seconds."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class EpochPlan:
@@ -412,7 +447,7 @@ def worker_loader(dataset, batch_sampler, num_workers, **options):
         batch_sampler=batch_sampler,
         num_workers=num_workers,
         collate_fn=already_collated,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         **options,
     )
 
@@ -421,8 +456,12 @@ def already_collated(batch):
     return batch
 
 
-def one_thread(worker_id):
+def start_worker(worker_id):
     torch.set_num_threads(1)
+    # signals to the whole process group are the training process's business, which ends its workers
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ The same command again goes on where the run was, bit for bit.
 
 import argparse
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -44,24 +45,29 @@ from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, p
 from utils import (
     Agreement,
     ArgumentParser,
+    RunFailed,
     UserError,
     all_gather_rows,
-    catch_signals,
     command_line,
     convert_sync_batchnorm,
     cosine_schedule,
     init_distributed,
+    is_lost_peer,
     load_checkpoint,
+    lock_folder,
+    on_rank_zero,
     parameter_groups,
     rank,
     save_checkpoint,
     seed_everything,
     world_size,
 )
+from watch import Watch
 
 FORMAT = "cplearn 2"
 NUM_GLOBAL = 2  # global crops, as in DINO and the paper
-GO_ON, SAVE, SAVE_AND_STOP = range(3)  # what the processes agree on after each step
+GO_ON, SAVE = 0, 1  # what the processes agree on after each step; a larger number: save, and stop by that signal
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
 
 
 # flags of DINO's training that have no meaning here, and what to do instead
@@ -181,6 +187,13 @@ def add_run_arguments(parser):
         help="go on although flags that change the result differ from the checkpoint's",
     )
     add("--save_every_minutes", type=float, default=10, help="at most this much work is ever lost")
+    add(
+        "--watchdog_s",
+        type=float,
+        default=600,
+        help="seconds without a step after which a process shows where it hangs and ends with exit code 75, so that "
+        "the launcher starts the run again; 0: never",
+    )
     add("--saveckp_freq", type=int, default=20, help="keep checkpoint0020.pth, ... every so many epochs; 0: none")
     add("--log_every", type=int, default=50, help="steps per logged line; each costs one wait for the device")
     add("--knn_every", type=int, default=0, help="k-NN accuracy every so many epochs, where labels are; 0: never")
@@ -192,6 +205,7 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
+    batch_size: int  # images per process
     loader: data.TrainLoader
     model: "Model"
     forward: nn.Module  # the model, wrapped for several processes
@@ -199,10 +213,13 @@ class Run:
     scaler: torch.amp.GradScaler
     total_steps: int
     val_images: data.FolderImages | data.ArrayImages | None  # for k-NN
+    lock: io.IOBase | None  # rank 0's, on the output folder; held until it is closed
+    earlier: dict | None  # the checkpoint to go on from, until it is loaded
     recorder: Recorder = field(default_factory=Recorder)
     agreement: Agreement = field(default_factory=Agreement)
     log: RunLog = None
-    signals: list = None  # received so far
+    watch: Watch = None
+    at_rest: tuple | None = None  # (step, buffers) from a step's end to the next change of the weights
     saved_at: float = field(default_factory=time.monotonic)
 
 
@@ -214,13 +231,18 @@ def train(args):
     step = resume(run)
     run.log = RunLog(args.output_dir, step, run.total_steps)
     describe(run, step)
-    with catch_signals(signal.SIGTERM, signal.SIGINT) as run.signals:
-        while step < run.total_steps:
-            step = train_one_epoch(run, step)
-            finish_epoch(run, step)
-    run.agreement.settle()
+    with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
+        try:
+            while step < run.total_steps:
+                step = train_one_epoch(run, step)
+                finish_epoch(run, step)
+            run.agreement.settle()
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                save_last_whole_step(run)
+            raise
     run.log.say(f"done: {step} steps; {checkpoint_path(args)}")
-    run.log.close()
+    close(run)
     return step
 
 
@@ -231,19 +253,22 @@ def train_one_epoch(run, step):
     if first == 0:
         run.model.objective.start_epoch()
     run.model.train()
+    run.at_rest = at_rest(run, step)
     clock = Clock()
     for batch in clock.waiting(run.loader.epoch(epoch, first)):
         features = train_one_step(run, batch, step)
         step += 1
+        run.watch.progress()
         if step % run.args.log_every == 0 or step == last:
             log_step(run, step, features, clock)
         if step == last:
             break  # the epoch's own line and checkpoint follow, as one
+        run.at_rest = at_rest(run, step)
         action = run.agreement.agree(wish(run))
         if action:
-            save(run, step)
-        if action == SAVE_AND_STOP:
-            stop(run, step)
+            save(run, step, stopping=action > SAVE)
+        if action > SAVE:
+            stop(run, step, action)
     return step
 
 
@@ -253,7 +278,8 @@ def train_one_step(run, batch, step):
     set_schedules(run, step)
     views = run.loader.augment(batch, run.device)  # V x (B, C, h, w)
     if step == 0 and rank() == 0:
-        plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
+        with run.log.going_on("views.png"):
+            plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
     run.model.objective.before_step(step)
     loss, terms, features = run.forward(views)
     run.scaler.scale(loss).backward()
@@ -285,7 +311,7 @@ class Model(nn.Module):
 
 def set_schedules(run, step):
     args = run.args
-    lr = cosine_schedule(step, run.total_steps, peak_lr(args), args.min_lr, warmup_steps(run))
+    lr = cosine_schedule(step, run.total_steps, peak_lr(run), args.min_lr, warmup_steps(run))
     weight_decay = cosine_schedule(step, run.total_steps, args.weight_decay, args.weight_decay_end)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -293,8 +319,8 @@ def set_schedules(run, step):
             group["weight_decay"] = weight_decay
 
 
-def peak_lr(args):
-    return args.lr * effective_batch(args) / 256
+def peak_lr(run):
+    return run.args.lr * effective_batch(run) / 256
 
 
 def warmup_steps(run):
@@ -306,6 +332,7 @@ def warmup_steps(run):
 def update_weights(run):
     """Clip and step, unless the gradient is not finite; returns its global norm, on the device."""
     optimizer, scaler = run.optimizer, run.scaler
+    run.at_rest = None
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad or math.inf)
     finite = torch.isfinite(grad_norm)  # the same on all processes: DDP has averaged the gradients
@@ -328,8 +355,8 @@ def log_step(run, step, features, clock):
     """Averages since the last line, and what this step's features look like: the one wait for the device."""
     run.recorder.read(may_overflow=may_overflow(run))
     num_steps, averages = run.recorder.line.count, run.recorder.line.take()
-    images = effective_batch(run.args)
-    features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.args.batch_size_per_gpu))
+    images = effective_batch(run)
+    features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.batch_size))
     line = {
         **log_head("step", run, step, averages),
         **feature_statistics(features.flatten(0, 2)),
@@ -377,11 +404,13 @@ def finish_epoch(run, step):
     line = log_head("epoch", run, step, run.recorder.epoch.take())
     last = step == run.total_steps
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
-        line |= knn(run)
+        with run.watch.paused():
+            line |= knn(run)
     run.log.write(line)
-    save(run, step)
-    if args.saveckp_freq and rank() == 0 and ((epoch + 1) % args.saveckp_freq == 0 or last):
-        keep_copy(checkpoint_path(args), f"checkpoint{epoch + 1:04d}.pth")
+    saved = save(run, step, stopping=last)
+    if saved and args.saveckp_freq and ((epoch + 1) % args.saveckp_freq == 0 or last):
+        with run.log.going_on(f"checkpoint{epoch + 1:04d}.pth"):
+            keep_copy(checkpoint_path(args), f"checkpoint{epoch + 1:04d}.pth")
 
 
 def knn(run):
@@ -390,9 +419,7 @@ def knn(run):
     settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
     matrices = []
     for images in (run.loader.images, run.val_images):
-        batches = data.eval_batches(
-            images, batch_size=args.batch_size_per_gpu, rank=rank(), world_size=world_size(), **settings
-        )
+        batches = data.eval_batches(images, batch_size=run.batch_size, rank=rank(), world_size=world_size(), **settings)
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
     top1 = knn_accuracy(*matrices)[20, 0.07]["top1"]
@@ -411,8 +438,8 @@ def describe(run, step):
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
     for text in model.objective.describe():
         say(text)
-    say(f"effective batch {effective_batch(args)} = {args.batch_size_per_gpu} x {world_size()}; "
-        f"lr {peak_lr(args):.3g} = {args.lr:g} x {effective_batch(args)} / 256 after {warmup_steps(run)} steps; "
+    say(f"effective batch {effective_batch(run)} = {run.batch_size} x {world_size()}; "
+        f"lr {peak_lr(run):.3g} = {args.lr:g} x {effective_batch(run)} / 256 after {warmup_steps(run)} steps; "
         f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
     if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
         say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
@@ -464,44 +491,78 @@ def checkpoint_path(args):
 
 def wish(run):
     """What this process would like all of them to do now."""
-    if run.signals:
-        return SAVE_AND_STOP
+    if run.watch.signals:
+        return int(run.watch.signals[0])
     due = rank() == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_every_minutes
     return SAVE if due else GO_ON
 
 
-def save(run, step):
-    """Write checkpoint.pth from rank 0. A run that cannot write it says so and goes on; the next one may succeed."""
+def save(run, step, stopping=False):
+    """Write checkpoint.pth from rank 0; returns whether this process did. A run that cannot write it says so and goes
+    on, the next one may succeed; unless it is `stopping`, then it raises RunFailed."""
     run.recorder.read(may_overflow=may_overflow(run))  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
     run.model.objective.before_save()
     if rank() != 0:
-        return
+        return False
     try:
-        save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
+        with run.watch.paused():
+            run.log.flush(to_disk=True)
+            save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
+        return True
     except OSError as error:
-        if step == run.total_steps or run.signals:
+        if stopping:
             raise RunFailed(f"step {step}: {error}") from None
         run.log.say(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
+        return False
 
 
-class RunFailed(UserError):
-    exit_code = 1
-
-
-def stop(run, step):
-    """End after a signal: the checkpoint is written."""
+def stop(run, step, number):
+    """End after signal `number`: the checkpoint is written."""
     run.agreement.settle()
     run.log.say(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
+    close(run)
+    raise SystemExit(128 + number)
+
+
+def close(run):
     run.log.close()
-    raise SystemExit(128 + (run.signals[0] if run.signals else signal.SIGTERM))
+    if run.lock:
+        run.lock.close()
 
 
-def checkpoint_state(run, step):
-    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once."""
-    head, rest = split_state(run.model.objective.state_dict())
-    weights = {f"backbone.{k}": v for k, v in run.model.backbone.state_dict().items()}
-    weights |= {f"head.{k}": v for k, v in head.items()}
+def at_rest(run, step):
+    """What the next step's forward pass will change before the optimizer changes the weights: the buffers.
+
+    With it the state at `step` can still be saved when that pass is stuck. Only on a CPU: the host of a GPU is steps
+    ahead of it. Not with sharded codes: gathering their usage takes all processes."""
+    if run.device.type != "cpu" or run.args.shard_codes:
+        return None
+    frozen = (torch.int8, torch.uint8)  # the dictionary's
+    return step, {k: v.clone() for k, v in run.model.named_buffers() if v.dtype not in frozen}
+
+
+def save_last_whole_step(run):
+    """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others."""
+    if rank() != 0 or run.at_rest is None:
+        return
+    step, buffers = run.at_rest
+    with run.watch.paused():
+        recorder = run.recorder.read_alone(may_overflow(run))
+        run.log.flush(to_disk=True)
+        save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
+    run.log.say(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
+
+
+def checkpoint_state(run, step, buffers=None, recorder=None):
+    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once.
+
+    buffers, recorder: instead of the present ones."""
+    model = run.model.state_dict()
+    model |= {name: value for name, value in (buffers or {}).items() if name in model}
+    backbone = {k: v for k, v in model.items() if k.startswith("backbone.")}
+    head, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
+    weights = backbone | {f"head.{k}": v for k, v in head.items()}
     return {
         "format": FORMAT,
         "student": weights,
@@ -509,11 +570,12 @@ def checkpoint_state(run, step):
         "objective": rest,
         "optimizer": run.optimizer.state_dict(),
         "fp16_scaler": run.scaler.state_dict(),
-        "recorder": run.recorder.state_dict(),
+        "recorder": (recorder or run.recorder).state_dict(),
         "epoch": step // run.loader.steps_per_epoch,  # the one to go on with, as in DINO's files
         "step": step,
         "args": checkpoint_args(run.args),
         "world_size": world_size(),
+        "effective_batch": effective_batch(run),
         "fingerprint": run.loader.images.fingerprint,
         "commit": commit(),
     }
@@ -539,30 +601,60 @@ def keep_copy(path, name):
         shutil.copyfile(path, copy)
 
 
-def resume(run):
-    """Load the output folder's checkpoint, or else --resume's, if there is one; returns the step to go on from.
+def find_earlier(args):
+    """The output folder's checkpoint, or else --resume's, or None: what the run goes on from, as it is in the file.
 
     The folder's own comes first: the same command, with --resume in it, must go on when it is started again."""
-    args, path = run.args, checkpoint_path(run.args)
     if args.no_resume:
-        if rank() == 0:
-            set_aside(Path(args.output_dir))
-        dist.barrier()
-    path = path if path.exists() else args.resume
+        on_rank_zero(set_aside, Path(args.output_dir))
+    own = checkpoint_path(args)
+    path = own if own.exists() else args.resume
     if path is None:
-        return 0
+        return None
     state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
             f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
         )
+    return state | {"path": path}
+
+
+@contextlib.contextmanager
+def fitting(state):
+    """What fails while `state` is taken over, fails because the file is of another run or was changed."""
     try:
-        check_same_run(run, state, path)
+        yield
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{state['path']}: does not fit this run: {type(error).__name__} {reason}") from None
+
+
+def resume(run):
+    """Take over the earlier checkpoint, if there is one; returns the step to go on from."""
+    state, run.earlier = run.earlier, None
+    if state is None:
+        return 0
+    with fitting(state):
+        check_same_run(run, state)
         load_state(run, state)
         return state["step"]
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: does not fit this run: {reason}") from None
+
+
+def share_of_batch(args, state):
+    """Images per process. The same command on another number of processes keeps the run's effective batch, so that
+    every step sees the images that it would have seen. Raises UserError where that cannot be divided."""
+    if state is None or args.allow_changed_flags:
+        return args.batch_size_per_gpu
+    with fitting(state):
+        total, same_command = state["effective_batch"], state["args"]["batch_size_per_gpu"] == args.batch_size_per_gpu
+        if not same_command:
+            return args.batch_size_per_gpu
+        if total % world_size():
+            raise UserError(
+                f"{state['path']}: its run takes {total} images per step, which {world_size()} processes cannot share "
+                f"evenly; start a number of processes that divides {total}"
+            )
+        return total // world_size()
 
 
 def load_state(run, state):
@@ -579,23 +671,24 @@ def load_state(run, state):
 # flags that another machine or another mood may change without changing the result
 FREE_FLAGS = {
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
-    "save_every_minutes", "saveckp_freq", "log_every", "knn_every", "max_bad_images", "compile", "grad_checkpointing",
-    "batch_size_per_gpu", "codes_storage",
+    "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
+    "grad_checkpointing", "batch_size_per_gpu", "codes_storage",
 }  # fmt: skip
 
 
-def check_same_run(run, state, path):
+def check_same_run(run, state):
     """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
     then, now = state["args"], checkpoint_args(run.args)
     changes = [f"--{k} {then.get(k)} -> {now[k]}" for k in sorted(now.keys() - FREE_FLAGS) if then.get(k) != now[k]]
-    batch_then = then["batch_size_per_gpu"] * state["world_size"]
-    if batch_then != effective_batch(run.args):
-        changes.append(f"effective batch {batch_then} -> {effective_batch(run.args)}")
+    if state["effective_batch"] != effective_batch(run):
+        changes.append(f"effective batch {state['effective_batch']} -> {effective_batch(run)}")
+    if run.args.prior_scope == "local" and state["world_size"] != world_size():
+        changes.append(f"--prior_scope local on {state['world_size']} -> {world_size()} processes")
     if state["fingerprint"] != run.loader.images.fingerprint:
         changes.append(f"the data set's content {state['fingerprint']} -> {run.loader.images.fingerprint}")
     if changes and not run.args.allow_changed_flags:
         raise UserError(
-            f"{path} is from a run with other settings: {'; '.join(changes)}; give the same flags, "
+            f"{state['path']} is from a run with other settings: {'; '.join(changes)}; give the same flags, "
             "--allow_changed_flags to go on all the same, or another --output_dir"
         )
 
@@ -615,17 +708,21 @@ def set_aside(folder):
 def build_run(args):
     device = init_distributed(args.device)
     check_arguments(args, device)
-    make_folder(args.output_dir)
+    on_rank_zero(make_folder, args.output_dir)
+    lock = on_rank_zero(lock_folder, args.output_dir)
+    earlier = find_earlier(args)
+    batch_size = share_of_batch(args, earlier)
     images = data.open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
-    loader = data.TrainLoader(images, args, args.batch_size_per_gpu, rank(), world_size())
+    loader = data.TrainLoader(images, args, batch_size, rank(), world_size())
     seed_everything(args.seed)
-    model = build_model(args, device)
+    model = build_model(args, batch_size, device)
     check_crop_sizes(args, model.backbone)
     model.to(device)
     return Run(
         args,
         device,
+        batch_size,
         loader,
         model,
         forward=wrap(model, device, args.compile),
@@ -633,10 +730,12 @@ def build_run(args):
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         total_steps=min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize),
         val_images=val_images,
+        lock=lock,
+        earlier=earlier,
     )
 
 
-def build_model(args, device):
+def build_model(args, batch_size, device):
     backbone = build_backbone(
         args.arch,
         args.img_size,
@@ -651,14 +750,14 @@ def build_model(args, device):
         args.out_dim,
         args.proj_dim,
         args.activation,
-        args.batch_size_per_gpu,
+        batch_size,
         args.eps,
         args.seed,
         args.dictionary,
         args.codes_storage,
         shard=(rank(), world_size()) if args.shard_codes else (0, 1),
     )
-    num_logits = args.batch_size_per_gpu * args.out_dim
+    num_logits = batch_size * args.out_dim
     args.head_impl, loss_function = choose_loss(
         args.head_impl, device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
     )
@@ -689,8 +788,8 @@ def build_optimizer(args, model):
     return Lars(groups, lr=0.0, momentum=0.9)
 
 
-def effective_batch(args):
-    return args.batch_size_per_gpu * world_size()
+def effective_batch(run):
+    return run.batch_size * world_size()
 
 
 def check_arguments(args, device):
@@ -706,7 +805,7 @@ def check_arguments(args, device):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: expected a number above 0")
     for name in ("beta", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
-                 "save_every_minutes", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
+                 "save_every_minutes", "watchdog_s", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
 

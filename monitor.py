@@ -6,6 +6,8 @@ feature_statistics, rankme, diagnose, plot_log
 """
 
 import contextlib
+import copy
+import errno
 import json
 import math
 import os
@@ -20,13 +22,13 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import UserError, all_reduce_mean, rank
+from utils import RunFailed, all_reduce_mean, rank, replace_file
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe: its singular values take about 0.1 s on a CPU at D = 384
 
 
-class NonFiniteLoss(UserError):
-    exit_code = 1  # nothing was mistyped, and the same command again would meet the same number
+class NonFiniteLoss(RunFailed):
+    """The same command again would meet the same number."""
 
 
 class Recorder:
@@ -50,11 +52,20 @@ class Recorder:
         Raises NonFiniteLoss, on all of them, naming the first step and term that is not finite; `may_overflow` names
         those that may be (fp16's gradient norm).
         """
-        if not self.pending:
-            return
-        steps, rows = zip(*self.pending, strict=True)
-        self.pending = []
-        for step, row in zip(steps, all_reduce_mean(torch.stack(rows)).tolist(), strict=True):
+        if self.pending:
+            steps, rows = zip(*self.pending, strict=True)
+            means = all_reduce_mean(torch.stack(rows)).tolist()
+            self.pending = []
+            self._add(steps, means, may_overflow)
+
+    def read_alone(self, may_overflow=()):
+        """A copy that has read what this process recorded, for when the others do not answer. Raises NonFiniteLoss."""
+        alone = copy.deepcopy(self)
+        alone._add([step for step, _ in self.pending], [row.tolist() for _, row in self.pending], may_overflow)
+        return alone
+
+    def _add(self, steps, rows, may_overflow):
+        for step, row in zip(steps, rows, strict=True):
             numbers = dict(zip(self.names, row, strict=True))
             # the loss is the sum of its terms: the term is the name that helps
             for name in sorted(numbers, key=lambda n: n == "loss"):
@@ -92,16 +103,19 @@ class Averages:
 
 
 class RunLog:
-    """Terminal, log.txt and TensorBoard of one run, continued at `step`. Silent on every rank but 0."""
+    """Terminal, log.txt and TensorBoard of one run, continued at `step`. Silent on every rank but 0.
+
+    A disk that is full or read-only for a while costs no line of log.txt: they wait in memory."""
 
     def __init__(self, output_dir, step, total_steps):
         self.folder, self.total_steps = Path(output_dir), total_steps
-        self.first_step, self.started = step, time.monotonic()
+        self.step = self.first_step = step
+        self.started = time.monotonic()
         self.writer = self.bar = None
         self.warned = set()
+        self.waiting = ""  # lines that are not in log.txt yet
         if rank() == 0:
             drop_lines_after(self.folder / "log.txt", step)
-            self.writer = SummaryWriter(str(self.folder), purge_step=step)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -128,15 +142,39 @@ class RunLog:
         if rank() != 0:
             return
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with open(self.folder / "log.txt", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self.writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        self.waiting += json.dumps(line) + "\n"
+        self.flush()
+        with self.going_on("TensorBoard's events"):
+            self._add_events(line)
         if line["kind"] == "step":
             self._show(line)
         else:
-            plot_log(self.folder / "log.txt", self.folder / "loss.png")
+            with self.going_on("loss.png"):
+                plot_log(self.folder / "log.txt", self.folder / "loss.png")
+
+    def _add_events(self, line):
+        writer, self.writer = self.writer, None  # one that has failed once always fails: the next line gets a new one
+        writer = writer or SummaryWriter(str(self.folder), purge_step=line["step"])
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        self.writer = writer
+
+    def flush(self, to_disk=False):
+        """Write the lines that wait; `to_disk`: and force them there, before a checkpoint that says they are."""
+        if rank() == 0:
+            with self.going_on("log.txt"):
+                append_whole(self.folder / "log.txt", self.waiting.encode(), to_disk)
+                self.waiting = ""
+
+    @contextlib.contextmanager
+    def going_on(self, what):
+        """A file that cannot be written is a warning: the run goes on, and the disk may be mended meanwhile."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            self.say(f"warning: step {self.step}: {what} could not be written: {reason}; going on")
 
     def _show(self, line):
         speed = f"{line['images_per_s']:.0f} images/s"
@@ -149,9 +187,22 @@ class RunLog:
         self.say(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
 
     def close(self):
+        self.flush()
         for open_one in (self.bar, self.writer):
             if open_one is not None:
-                open_one.close()
+                with self.going_on("TensorBoard's events"):
+                    open_one.close()
+
+
+def append_whole(path, content, to_disk=False):
+    """Append bytes to a file, all of them or none. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if content and file.write(content) < len(content):  # a disk that fills up takes a part
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if to_disk:
+            os.fsync(file.fileno())
 
 
 def hours(seconds):
@@ -160,23 +211,21 @@ def hours(seconds):
 
 
 def read_log(path):
-    """The lines of a log.txt as dicts; a last line that a killed run left half written is passed over."""
+    """The lines of a log.txt as dicts; what a killed run left half written, or damage, is passed over."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         for text in file:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line]
 
 
 def drop_lines_after(path, step):
     """Remove what a killed run logged after its last checkpoint: the resumed run writes it again."""
-    lines = read_log(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if lines:
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(aside, path)
+    if path.exists():
+        kept = [line for line in read_log(path) if line["step"] <= step]
+        with replace_file(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 # ---- what features look like -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ errors a user can mend, the process group, schedules, the optimizer's parameter 
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import importlib
 import math
@@ -10,6 +11,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import sys
 import warnings
 import zipfile
@@ -21,11 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+UNFINISHED = 75  # exit code: no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(Exception):
     """Something the user typed or gave us is wrong: shown as one line, no traceback."""
 
     exit_code = 2
+
+
+class RunFailed(UserError):
+    """Nothing was mistyped, and the run cannot go on: one line as well."""
+
+    exit_code = 1
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -78,17 +88,23 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 def command_line(main):
-    """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code."""
+    """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code, a lost peer UNFINISHED."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            # every rank meets the same bad flag; only a multi-process run needs to know which one speaks
-            who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-            print(f"error{who}: {error}", file=sys.stderr, flush=True)
+            print_error(error)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            print_error(f"a peer is lost: {' '.join(str(error).split())[:200]}; its own log says why; start again")
+            sys.stdout.flush()
+            os._exit(UNFINISHED)  # the process group is broken: leaving it in order would wait for the dead
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -96,7 +112,16 @@ def command_line(main):
     return run
 
 
+def print_error(error):
+    # every rank meets the same bad flag; only a multi-process run needs to know which one speaks
+    who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
+
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a peer that never comes is then an error; --watchdog_s is earlier
 
 
 def init_distributed(device="auto"):
@@ -115,8 +140,7 @@ def init_distributed(device="auto"):
     if world_size > 1 and device.type == "mps":
         raise UserError(f"--device mps: {world_size} processes were started, Apple's GPU serves one; use --device cpu")
     if "RANK" in os.environ:
-        # a lost peer is an error after this time, not a hang
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -141,6 +165,26 @@ def choose_device(name):
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(name)
+
+
+def is_lost_peer(error):
+    """Whether a collective failed because another process is gone: nccl's errors have types, gloo's only a text."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def on_rank_zero(function, *args):
+    """Call it on rank 0 alone; returns None elsewhere. A UserError of its is raised on all: nobody waits for rank 0."""
+    result, said = None, [None]
+    if rank() == 0:
+        try:
+            result = function(*args)
+        except UserError as error:
+            said = [str(error)]
+    if world_size() > 1:
+        dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise UserError(said[0])
+    return result
 
 
 def rank():
@@ -286,26 +330,6 @@ class Agreement:
         return int(value)
 
 
-@contextlib.contextmanager
-def catch_signals(*signals):
-    """Collect signals instead of dying from them: yields a list that fills with the signal numbers received.
-
-    A second SIGINT interrupts at once: the user has waited long enough."""
-    received = []
-
-    def receive(number, frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, receive) for number in signals}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ---- randomness and schedules: functions, not histories --------------------------------------------------------------
 
 
@@ -351,20 +375,31 @@ def save_checkpoint(state, path):
 
     Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
     """
+    try:
+        with replace_file(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
+        raise OSError(f"{path}: could not be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """Yields a binary file beside `path`, which takes its place, forced to disk, if nothing is raised: at any moment
+    `path` is the old file or the new one, whole."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with open(aside, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         _fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
-        reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
-        raise OSError(f"{path}: could not be written: {reason}") from error
+        raise
 
 
 def _fsync_folder(folder):
@@ -373,6 +408,33 @@ def _fsync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(folder, flag="--output_dir"):
+    """Hold `folder` for this process alone: returns an open file, and the lock lasts until it is closed.
+
+    A POSIX record lock: the kernel drops it when its holder dies, however it dies, children do not inherit it, and
+    NFS and Lustre carry it between nodes. Raises UserError if another process holds it or the folder is read-only."""
+    path = Path(folder) / ".lock"
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (closing it would let the lock go)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
+        file.seek(0)
+        raise UserError(
+            f"{flag} {folder}: another run is writing to it ({file.read(200).strip()}); wait for its end or give "
+            "another folder"
+        ) from None
+    except OSError as error:
+        print(f"warning: {folder} is on a file system without locks ({error.strerror}); start no second run on it")
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}\n")
+    file.flush()
+    return file
 
 
 def load_checkpoint(path):

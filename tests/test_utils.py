@@ -3,7 +3,6 @@
 import argparse
 import os
 import pickle
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from utils import (
     UserError,
     all_gather_rows,
     all_reduce_mean,
-    catch_signals,
     command_line,
     convert_sync_batchnorm,
     load_checkpoint,
@@ -106,17 +104,6 @@ def test_seeding_is_a_function_of_its_numbers():
     first = draw(1, 2, 3)
     assert draw(1, 2, 4) != first and draw(1, 3, 2) != first
     assert draw(1, 2, 3) == first
-
-
-def test_signals_are_collected_and_handlers_restored():
-    before = signal.getsignal(signal.SIGTERM)
-    with catch_signals(signal.SIGTERM, signal.SIGINT) as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGTERM, signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_user_error_is_one_line_and_exit_code_2(capsys):
