@@ -133,7 +133,10 @@ class CPLearnHead(nn.Module):
     def of_state(cls, in_dim, state, activation):
         """A head for a state dict, of the sizes and with the dictionary that it tells; the weights are not loaded."""
         num_codes, kind = int(state["scale"][2]), list(DICTIONARIES)[int(state["seed"][0])]
-        storage = "seed" if kind == Dictionary.kind and "codes" not in state else "int8"
+        stored = state.get("codes")
+        if stored is not None and tuple(stored.shape) != (len(state["linear.weight"]), math.ceil(num_codes / 8)):
+            raise UserError(f"its dictionary is {tuple(stored.shape)}, expected the bits of {num_codes} codes")
+        storage = "seed" if kind == Dictionary.kind and stored is None else "int8"
         return cls(in_dim, num_codes, len(state["linear.weight"]), activation, dictionary=kind, storage=storage)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -23,6 +23,7 @@ import itertools
 import math
 import os
 import signal
+import stat
 import warnings
 from pathlib import Path
 
@@ -739,13 +740,20 @@ def load_image(path, channels=3):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
-            return decode(Path(path).read_bytes(), channels)
+            return decode(read_file(path), channels)
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # PIL's own words name an object in memory
         raise BadImage("not an image of any format that PIL knows") from error
     except Exception as error:  # decoders raise nearly every type there is on a damaged file
         raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def read_file(path):
+    """The content of a regular file: a pipe would wait for ever, a device has no end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadImage("not a regular file but a directory, pipe or device")
+    return Path(path).read_bytes()
 
 
 def decode(data, channels):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import utils
 from backbones import build_backbone
-from cplearn_head import CPLearnHead
+from cplearn_head import ACTIVATIONS, CPLearnHead
 from utils import UserError
 from vision_transformer import VisionTransformer
 
@@ -127,6 +128,17 @@ def load_pretrained(
     Raises UserError, in one line, where the file cannot be read, holds no such key, or holds tensors that are too many,
     too few or of another shape than the backbone's; the message says how many of how many fit.
     """
+    try:
+        return _load(path, checkpoint_key, arch, patch_size, img_size, in_chans, random_weights)
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        # the file's numbers go into constructors that check little
+        reason = utils.one_line(error) or type(error).__name__
+        raise UserError(f"{path}: its settings and tensors do not fit together: {reason}") from error
+
+
+def _load(path, checkpoint_key, arch, patch_size, img_size, in_chans, random_weights):
     checkpoint = _read(path)
     state, checkpoint_key = _choose_state(checkpoint, checkpoint_key, path)
     backbone_state, head_state = _split_state(state)
@@ -295,7 +307,7 @@ def _is_state(value):
 
 def _split_state(state):
     """State dict -> (backbone's, head's), without prefixes; a file without `backbone.` is a backbone throughout."""
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in state.items()}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): tensor for name, tensor in state.items()}
     backbone = _below("backbone.", state)
     return (backbone, _below("head.", state)) if backbone else (state, {})
 
@@ -308,7 +320,32 @@ def _saved_settings(checkpoint, path):
     """What the file says: its `args` (a dict in ours, an argparse.Namespace in DINO's), or timm's config.json."""
     args = _timm_config(path) if str(path).endswith(".safetensors") else checkpoint.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return args if isinstance(args, dict) else {}
+    args = args if isinstance(args, dict) else {}
+    for name, (is_plausible, expected) in PLAUSIBLE.items():
+        if args.get(name) is not None and not is_plausible(args[name]):
+            raise UserError(f"{path}: its {name} is {reprlib.repr(args[name])}, expected {expected}")
+    return args
+
+
+def _is_side(value):
+    return type(value) is int and 0 < value < 2**15
+
+
+def _are_numbers(values):
+    return isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+
+
+# what a file may say of itself
+PLAUSIBLE = {
+    "arch": (lambda value: isinstance(value, str), "a name"),
+    "dataset": (lambda value: isinstance(value, str), "a name"),
+    "activation": (lambda value: value in ACTIVATIONS, f"one of {ACTIVATIONS}"),
+    "patch_size": (_is_side, "pixels"),
+    "img_size": (_is_side, "pixels"),
+    "in_chans": (_is_side, "a number of channels"),
+    "mean": (_are_numbers, "a number per channel"),
+    "std": (_are_numbers, "a number per channel"),
+}
 
 
 def _timm_config(path):
@@ -322,7 +359,7 @@ def _timm_config(path):
         size = images.get("input_size", (None, None))
         return {"arch": content.get("architecture"), "mean": images.get("mean"), "std": images.get("std"),
                 "in_chans": size[0], "img_size": size[-1], "dataset": content.get("dataset")}  # fmt: skip
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{config}: not a config.json as timm writes it ({error})") from error
 
 

@@ -31,6 +31,15 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message):
+        super().__init__(one_line(message, 600))
+
+
+def one_line(message, most=200):
+    """What stands in a file or a flag may be long, of many lines, or steer a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(message).split()))
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 + 5 :]}"
+
 
 class RunFailed(UserError):
     """Nothing was mistyped, and the run cannot go on: one line as well."""
@@ -450,7 +459,10 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
             warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            refuse_compressed(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_odd_tensors(state)
+            return state
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
         at = reason.find("Unsupported")
@@ -461,6 +473,32 @@ def load_checkpoint(path):
         reason = " ".join(str(error).split())[:160]
         whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
+
+
+def refuse_compressed(path):
+    """torch.save stores; a compressed member may be a thousand times as large in memory as in the file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise pickle.UnpicklingError(f"Unsupported: {packed[0]} is compressed")
+
+
+def refuse_odd_tensors(state):
+    """A few bytes may describe a tensor of terabytes: by strides of 0, without data (meta), or sparsely."""
+    todo, seen = [state], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:  # a list may be in itself
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.layout} on {value.device}")
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.nbytes} bytes where fewer are stored")
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
 
 
 def _harmless_types():
