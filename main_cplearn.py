@@ -53,6 +53,7 @@ from utils import (
     cosine_schedule,
     init_distributed,
     is_lost_peer,
+    is_restart,
     load_checkpoint,
     lock_folder,
     on_rank_zero,
@@ -60,6 +61,7 @@ from utils import (
     rank,
     save_checkpoint,
     seed_everything,
+    wait_for_same_file,
     world_size,
 )
 from watch import Watch
@@ -231,6 +233,7 @@ def train(args):
     step = resume(run)
     run.log = RunLog(args.output_dir, step, run.total_steps)
     describe(run, step)
+    keep_copy(run, step)  # the earlier start may have ended before it could
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
         try:
             while step < run.total_steps:
@@ -407,10 +410,8 @@ def finish_epoch(run, step):
         with run.watch.paused():
             line |= knn(run)
     run.log.write(line)
-    saved = save(run, step, stopping=last)
-    if saved and args.saveckp_freq and ((epoch + 1) % args.saveckp_freq == 0 or last):
-        with run.log.going_on(f"checkpoint{epoch + 1:04d}.pth"):
-            keep_copy(checkpoint_path(args), f"checkpoint{epoch + 1:04d}.pth")
+    if save(run, step, stopping=last):
+        keep_copy(run, step)
 
 
 def knn(run):
@@ -591,23 +592,33 @@ def split_state(state):
     return head, {k: v for k, v in state.items() if not k.startswith("head.")}
 
 
-def keep_copy(path, name):
-    """A hard link where the file system has them: a later checkpoint.pth is a new file, so this one stays as it is."""
-    copy = path.with_name(name)
-    copy.unlink(missing_ok=True)
-    try:
-        os.link(path, copy)
-    except OSError:
-        shutil.copyfile(path, copy)
+def keep_copy(run, step):
+    """checkpoint0020.pth and so on by --saveckp_freq: a hard link where the file system has them, for a later
+    checkpoint.pth is a new file."""
+    path, epoch = checkpoint_path(run.args), math.ceil(step / run.loader.steps_per_epoch)
+    ended = step == run.total_steps or step % run.loader.steps_per_epoch == 0
+    due = run.args.saveckp_freq and (epoch % run.args.saveckp_freq == 0 or step == run.total_steps)
+    if rank() != 0 or step == 0 or not ended or not due:
+        return
+    name = f"checkpoint{epoch:04d}.pth"
+    aside = path.with_name(f".{name}.tmp")
+    with run.log.going_on(name):
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
+        os.replace(aside, path.with_name(name))
 
 
 def find_earlier(args):
     """The output folder's checkpoint, or else --resume's, or None: what the run goes on from, as it is in the file.
 
     The folder's own comes first: the same command, with --resume in it, must go on when it is started again."""
-    if args.no_resume:
+    if args.no_resume and not is_restart():
         on_rank_zero(set_aside, Path(args.output_dir))
     own = checkpoint_path(args)
+    wait_for_same_file(own)
     path = own if own.exists() else args.resume
     if path is None:
         return None

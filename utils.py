@@ -13,6 +13,7 @@ import random
 import signal
 import socket
 import sys
+import time
 import warnings
 import zipfile
 from datetime import timedelta
@@ -194,6 +195,11 @@ def on_rank_zero(function, *args):
     if said[0] is not None:
         raise UserError(said[0])
     return result
+
+
+def is_restart():
+    """Whether torchrun or SLURM has started this command again, so that it means to go on."""
+    return any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def rank():
@@ -444,6 +450,29 @@ def lock_folder(folder, flag="--output_dir"):
     file.write(f"host {socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}\n")
     file.flush()
     return file
+
+
+def wait_for_same_file(path, seconds=90):
+    """Return when all processes see the file at `path` that rank 0 sees, or none: a network file system may show it to
+    another node a minute late. Raises UserError if that does not come."""
+    if world_size() == 1:
+        return
+    theirs = [_size_and_time(path)]
+    dist.broadcast_object_list(theirs)
+    for _ in range(seconds):
+        if _size_and_time(path) == theirs[0]:
+            return
+        time.sleep(1)
+    raise UserError(f"{path}: rank 0 sees another file; expected a folder on a file system that all nodes share")
+
+
+def _size_and_time(path):
+    try:
+        os.listdir(Path(path).parent)  # makes NFS look again
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def load_checkpoint(path):

@@ -308,6 +308,21 @@ def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
 
 
+def test_a_restart_by_the_launcher_goes_on_whatever_no_resume_says(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, epochs=1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(folder, tmp_path, epochs=1, **{"no-resume": True}) == 12
+    assert not list(tmp_path.glob("*.old*"))
+
+
+def test_a_copy_that_a_killed_run_could_not_keep_is_made_at_the_next_start(folder, tmp_path):
+    run(folder, tmp_path, saveckp_freq=2)
+    kept = (tmp_path / "checkpoint0002.pth").read_bytes()
+    (tmp_path / "checkpoint0002.pth").unlink()
+    run(folder, tmp_path, saveckp_freq=2)
+    assert (tmp_path / "checkpoint0002.pth").read_bytes() == kept
+
+
 def test_resume_from_a_path(folder, tmp_path):
     run(folder, tmp_path / "a", saveckp_freq=1)
     run(folder, tmp_path / "b", resume=tmp_path / "a" / "checkpoint0001.pth")

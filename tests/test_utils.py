@@ -20,10 +20,14 @@ from utils import (
     all_reduce_mean,
     command_line,
     convert_sync_batchnorm,
+    is_lost_peer,
+    is_restart,
     load_checkpoint,
+    on_rank_zero,
     parameter_groups,
     save_checkpoint,
     seed_everything,
+    wait_for_same_file,
 )
 
 
@@ -115,6 +119,59 @@ def test_user_error_is_one_line_and_exit_code_2(capsys):
         script()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: --k 0: expected at least 1\n"
+
+
+def test_a_lost_peer_is_known_and_other_errors_are_not():
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:1"
+    assert is_lost_peer(RuntimeError(gloo)) and is_lost_peer(torch.distributed.DistBackendError("NCCL"))
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def refuse_on_rank_zero(rank, message):
+    def function():
+        assert rank == 0
+        if message:
+            raise UserError(message)
+        return "done"
+
+    try:
+        return on_rank_zero(function)
+    except UserError as error:
+        return f"refused: {error}"
+
+
+def test_what_rank_zero_refuses_all_refuse(run_in_processes):
+    assert run_in_processes(refuse_on_rank_zero, "folder taken") == ["refused: folder taken"] * 2
+    assert run_in_processes(refuse_on_rank_zero, None) == ["done", None]
+
+
+def look_at_two_nodes(rank, root, seconds):
+    """Each node has its own view of the folder; rank 1's gets the file late, or never."""
+    mine = Path(root) / str(rank) / "checkpoint.pth"
+    try:
+        wait_for_same_file(mine, seconds)
+        return "seen"
+    except UserError as error:
+        return str(error)
+
+
+def test_all_processes_wait_for_the_file_that_rank_zero_sees(run_in_processes, tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    (tmp_path / "0" / "checkpoint.pth").write_text("step 5")
+    answers = run_in_processes(look_at_two_nodes, str(tmp_path), 2)
+    assert answers[0] == "seen" and "all nodes share" in answers[1]
+    os.link(tmp_path / "0" / "checkpoint.pth", tmp_path / "1" / "checkpoint.pth")
+    assert run_in_processes(look_at_two_nodes, str(tmp_path), 2) == ["seen"] * 2
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_is_known(monkeypatch, name):
+    assert not is_restart()
+    monkeypatch.setenv(name, "0")
+    assert not is_restart()
+    monkeypatch.setenv(name, "1")
+    assert is_restart()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
