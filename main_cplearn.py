@@ -19,6 +19,7 @@ import io
 import itertools
 import math
 import os
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -648,6 +649,8 @@ def resume(run):
     with fitting(state):
         check_same_run(run, state)
         load_state(run, state)
+        if type(state["step"]) is not int or not 0 <= state["step"] <= run.total_steps:
+            raise ValueError(f"its step is {reprlib.repr(state['step'])} of {run.total_steps}")
         return state["step"]
 
 
@@ -675,8 +678,17 @@ def load_state(run, state):
     run.model.backbone.load_state_dict(backbone)
     run.model.objective.load_state_dict(state["objective"] | head)
     run.optimizer.load_state_dict(state["optimizer"])
+    check_moments(run.optimizer)
     run.scaler.load_state_dict(state["fp16_scaler"])
     run.recorder.load_state_dict(state["recorder"])
+
+
+def check_moments(optimizer):
+    """load_state_dict does not look at shapes. Raises ValueError."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value is not None and (not torch.is_tensor(value) or value.shape not in ((), parameter.shape)):
+                raise ValueError(f"the optimizer's {name} is not of its parameter's shape {tuple(parameter.shape)}")
 
 
 # flags that another machine or another mood may change without changing the result
@@ -690,7 +702,8 @@ FREE_FLAGS = {
 def check_same_run(run, state):
     """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
     then, now = state["args"], checkpoint_args(run.args)
-    changes = [f"--{k} {then.get(k)} -> {now[k]}" for k in sorted(now.keys() - FREE_FLAGS) if then.get(k) != now[k]]
+    changed = [name for name in sorted(now.keys() - FREE_FLAGS) if then.get(name) != now[name]]
+    changes = [f"--{name} {reprlib.repr(then.get(name))} -> {now[name]}" for name in changed]
     if state["effective_batch"] != effective_batch(run):
         changes.append(f"effective batch {state['effective_batch']} -> {effective_batch(run)}")
     if run.args.prior_scope == "local" and state["world_size"] != world_size():

@@ -81,8 +81,8 @@ class Recorder:
         return {"line": vars(self.line).copy(), "epoch": vars(self.epoch).copy()}
 
     def load_state_dict(self, state):
-        vars(self.line).update(state["line"])
-        vars(self.epoch).update(state["epoch"])
+        for averages, kept in ((self.line, state["line"]), (self.epoch, state["epoch"])):
+            averages.count, averages.sums = int(kept["count"]), {k: float(v) for k, v in kept["sums"].items()}
 
 
 class Averages:
