@@ -59,6 +59,9 @@ DATASETS = {
 }
 
 
+MAX_WORKERS = 256  # per training process: more would only stop the machine
+
+
 def add_dataset_arguments(parser):
     """Adds the flags that say which images are read and in what form the network gets them.
 
@@ -129,6 +132,8 @@ def resolve_dataset_defaults(args):
         args.img_size = known["img_size"]
     if args.in_chans is None:
         args.in_chans = len(known["mean"])
+    if not 1 <= args.in_chans <= 1024:
+        raise UserError(f"--in_chans {args.in_chans}: expected the images' number of channels, 1 or 3")
     for name in ("mean", "std"):
         if getattr(args, name) is None:
             setattr(args, name, fit_channels(known[name], args.in_chans))
@@ -138,10 +143,9 @@ def resolve_dataset_defaults(args):
             )
     if args.num_workers is None:
         args.num_workers = max(1, min(10, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.img_size < 1 or args.in_chans < 1 or args.num_workers < 0:
+    if args.img_size < 1 or not 0 <= args.num_workers <= MAX_WORKERS:
         raise UserError(
-            f"--img_size {args.img_size} and --in_chans {args.in_chans} must be at least 1, "
-            f"--num_workers {args.num_workers} at least 0"
+            f"--img_size {args.img_size} must be at least 1, --num_workers {args.num_workers} from 0 to {MAX_WORKERS}"
         )
     if not all(math.isfinite(m) for m in args.mean) or not all(0 < s < math.inf for s in args.std):
         raise UserError(f"--mean {args.mean} --std {args.std}: finite numbers, std above 0, on the [0, 1] scale")
@@ -246,9 +250,9 @@ class TrainLoader:
         done = deaths = 0
         while done < len(steps):
             self.plan.epoch, self.plan.steps = epoch, steps[done:]
-            batches = iter(self.workers)
-            hear_of_dead_workers_in_next_only()
             try:
+                batches = iter(self.workers)  # hears of one that died since the last epoch
+                hear_of_dead_workers_in_next_only()
                 for batch in batches:
                     yield batch
                     done, deaths = done + 1, 0
@@ -613,6 +617,13 @@ def split_folder(root, split):
     raise UserError(f"no validation images for --data_path {root}: looked for {' and '.join(map(str, tried))}")
 
 
+def leads_to_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a bad image, if it is named as one
+        return False
+
+
 def scan(root):
     """(names of all images below root, relative to it, names of the folders in root), sorted, as bytes.
 
@@ -625,7 +636,8 @@ def scan(root):
         try:
             identity = os.stat(folder)
             with os.scandir(folder) as entries:
-                entries = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
+                shown = [entry for entry in entries if not entry.name.startswith(b".")]
+                entries = sorted((entry.name, leads_to_folder(entry)) for entry in shown)
         except OSError as error:
             raise UserError(
                 f"folder {os.fsdecode(folder)} cannot be read: {error.strerror}; see --data_path"

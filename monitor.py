@@ -13,6 +13,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +116,7 @@ class RunLog:
         self.warned = set()
         self.waiting = ""  # lines that are not in log.txt yet
         if rank() == 0:
+            threading.excepthook = keep_tensorboard_quiet
             drop_lines_after(self.folder / "log.txt", step)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -192,6 +194,12 @@ class RunLog:
             if open_one is not None:
                 with self.going_on("TensorBoard's events"):
                     open_one.close()
+
+
+def keep_tensorboard_quiet(args):
+    """Its thread prints an error that the next call raises again, where it becomes one line."""
+    if not type(args.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(args)
 
 
 def append_whole(path, content, to_disk=False):

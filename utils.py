@@ -73,7 +73,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
-            flag = word.partition("=")[0]
+            flag, _, value = word.partition("=")
+            if value == "--":  # argparse takes it for the end of the flags and gives an empty list
+                raise UserError(f"{flag} has no value; see {self.prog} --help")
             if flag in self.instead:
                 raise UserError(f"{flag} has no meaning here: {self.instead[flag]}")
         return super().parse_args(args, namespace)
