@@ -25,6 +25,7 @@ import os
 import signal
 import stat
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -699,6 +700,11 @@ def open_fashion_mnist(data_path, train):
         )
         paths = [find_idx(downloaded / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
     data, labels = (torch.from_numpy(read_idx(path)) for path in paths)
+    if data.shape[1:] != (28, 28) or labels.shape != data.shape[:1] or (labels >= len(FASHION_CLASSES)).any():
+        raise UserError(
+            f"{paths[0]} and {paths[1].name} hold arrays of {tuple(data.shape)} and {tuple(labels.shape)}; expected N "
+            f"images of 28 x 28 px and N labels below {len(FASHION_CLASSES)}; get them again"
+        )
     return ArrayImages(
         f"fashion_mnist/{'train' if train else 'val'}", data[:, None], labels.numpy().astype(np.int64), FASHION_CLASSES
     )
@@ -708,16 +714,21 @@ def find_idx(path):
     return next((found for found in (path, path.with_name(path.name + ".gz")) if found.is_file()), None)
 
 
+LARGEST_IDX = 2**26  # bytes, inflated; the training images are 47 million
+
+
 def read_idx(path):
     """A file of MNIST's format: two zeros, type 8 (bytes), number of dimensions, sizes (big-endian), values."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()
+            content = file.read(LARGEST_IDX + 1)
+        if len(content) > LARGEST_IDX:
+            raise ValueError(f"more than {LARGEST_IDX} bytes")
         if content[:3] != b"\0\0\x08":
             raise ValueError("does not begin as an IDX file of bytes does")
         start = 4 + 4 * content[3]
         return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4")).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}; remove it, or get it again") from error
 
 
@@ -745,7 +756,7 @@ def torchvision_set(open_set, dataset, root, other_ways=""):
 def load_image(path, channels=3):
     """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
 
-    JPEG, PNG, WebP, TIFF, BMP, PPM and what else PIL knows, of any colour mode; 16-bit gray is scaled to 8 bits, not
+    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; 16-bit gray is scaled to 8 bits, not
     clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
     Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
     """
@@ -768,8 +779,12 @@ def read_file(path):
     return Path(path).read_bytes()
 
 
+# whatever a file is called. Not all that PIL knows: for PostScript it starts the program gs
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "TGA", "ICO")
+
+
 def decode(data, channels):
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > Image.MAX_IMAGE_PIXELS:
             raise BadImage(
@@ -784,12 +799,14 @@ def decode(data, channels):
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
+EIGHT_BITS = np.rint(np.arange(65536) / 257).astype(np.uint8)  # a table: float64 would take 8 bytes a pixel
+
+
 def convert(image, mode):
     if image.mode == "F":
         raise BadImage("32-bit float pixels: their range is not known")
     if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip at 255
-        levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
+        image = Image.fromarray(EIGHT_BITS[np.asarray(image).clip(0, 65535)])
     elif image.mode in ("P", "PA", "LA", "La", "RGBa"):
         image = image.convert("RGBA")
     return image.convert(mode)
