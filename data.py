@@ -571,7 +571,7 @@ def read_text(path, flag):
 
 # Folders --------------------------------------------------------------------------------------------------------------
 
-# torchvision's, without .gif-like rarities; a text file may name any file that PIL opens
+# torchvision's, without .gif-like rarities; a text file may name any file of FORMATS
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -756,8 +756,8 @@ def torchvision_set(open_set, dataset, root, other_ways=""):
 def load_image(path, channels=3):
     """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
 
-    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; 16-bit gray is scaled to 8 bits, not
-    clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
+    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; 16-bit gray is scaled to 8 bits,
+    not clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
     Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
     """
     try:
@@ -767,7 +767,7 @@ def load_image(path, channels=3):
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # PIL's own words name an object in memory
-        raise BadImage("not an image of any format that PIL knows") from error
+        raise BadImage(f"not an image of any known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise nearly every type there is on a damaged file
         raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
 
