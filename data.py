@@ -492,7 +492,8 @@ def open_dataset(args, split="train"):
 class FolderImages:
     """Image files on disk, read when they are needed.
 
-    len(); .labels int64 (N,) or None; .classes names or None; .channels; .fingerprint of the names in their order;
+    len(); .labels int64 (N,) or None; .classes names or None; .channels; .fingerprint of the names in their order and
+    of some files' sizes;
     .name(i); .load(i, channels) -> uint8 (channels, H, W), raises BadImage.
     The names are one array of bytes: a list of 1.3 million str would be copied into every worker, page by page, as
     soon as its reference counts change.
@@ -505,7 +506,22 @@ class FolderImages:
         self.root, self.labels, self.classes = os.fsencode(root), labels, classes
         self.ends = np.cumsum([len(name) for name in names])
         self.bytes = np.frombuffer(b"".join(names), np.uint8)
-        self.fingerprint = hashlib.sha256(b"\0".join(names)).hexdigest()[:16]
+        self.names_digest = hashlib.sha256(b"\0".join(names))
+
+    @functools.cached_property
+    def fingerprint(self):
+        digest = self.names_digest.copy()
+        for status in self.look_at_some():
+            digest.update(b"%d " % (status.st_size if status else -1))
+        return digest.hexdigest()[:16]
+
+    def look_at_some(self, most=1000):
+        """os.stat of `most` files, evenly spread; None for one that is not there, which is named when it is read."""
+        for index in np.unique(np.linspace(0, len(self) - 1, most).astype(int)):
+            try:
+                yield os.stat(os.path.join(self.root, self.relative_name(index)))
+            except OSError:
+                yield None
 
     def __len__(self):
         return len(self.ends)

@@ -14,22 +14,17 @@ The same command again goes on where the run was, bit for bit.
 """
 
 import argparse
-import contextlib
 import io
 import itertools
 import math
 import os
-import reprlib
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from timm.optim import Lars
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +32,16 @@ from torch.nn.parallel import DistributedDataParallel
 import augmentation
 import data
 from backbones import add_backbone_arguments, build_backbone
+from checkpoint import (
+    at_rest,
+    checkpoint_path,
+    find_earlier,
+    keep_copy,
+    resume,
+    save,
+    save_last_whole_step,
+    share_of_batch,
+)
 from cplearn_head import ACTIVATIONS, DICTIONARIES, HEAD_IMPLS, CPLearn, CPLearnHead, choose_loss
 from dictionary import STORAGES
 from eval_knn import knn_accuracy
@@ -46,28 +51,23 @@ from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, p
 from utils import (
     Agreement,
     ArgumentParser,
-    RunFailed,
     UserError,
     all_gather_rows,
     command_line,
+    commit,
     convert_sync_batchnorm,
     cosine_schedule,
     init_distributed,
     is_lost_peer,
-    is_restart,
-    load_checkpoint,
     lock_folder,
     on_rank_zero,
     parameter_groups,
     rank,
-    save_checkpoint,
     seed_everything,
-    wait_for_same_file,
     world_size,
 )
 from watch import Watch
 
-FORMAT = "cplearn 2"
 NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 GO_ON, SAVE = 0, 1  # what the processes agree on after each step; a larger number: save, and stop by that signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
@@ -225,6 +225,16 @@ class Run:
     at_rest: tuple | None = None  # (step, buffers) from a step's end to the next change of the weights
     saved_at: float = field(default_factory=time.monotonic)
 
+    @property
+    def effective_batch(self):
+        """Images per step, over all processes."""
+        return self.batch_size * world_size()
+
+    @property
+    def may_overflow(self):
+        """Names of recorded numbers that need not be finite."""
+        return ("grad_norm",) if self.scaler.is_enabled() else ()
+
 
 def train(args):
     """Pretrain from start (or from the run's checkpoint) to end; returns the number of steps done.
@@ -262,7 +272,7 @@ def train_one_epoch(run, step):
     for batch in clock.waiting(run.loader.epoch(epoch, first)):
         features = train_one_step(run, batch, step)
         step += 1
-        run.watch.progress()
+        run.watch.progress(step)
         if step % run.args.log_every == 0 or step == last:
             log_step(run, step, features, clock)
         if step == last:
@@ -289,7 +299,8 @@ def train_one_step(run, batch, step):
     run.scaler.scale(loss).backward()
     grad_norm = update_weights(run)
     run.model.objective.after_step(step)
-    run.recorder.record(step, loss=loss, **terms, grad_norm=grad_norm)
+    bad_images = loss.new_full((), batch.num_failed)
+    run.recorder.record(step, loss=loss, **terms, grad_norm=grad_norm, bad_images=bad_images)
     run.log.advance()
     return features
 
@@ -324,7 +335,7 @@ def set_schedules(run, step):
 
 
 def peak_lr(run):
-    return run.args.lr * effective_batch(run) / 256
+    return run.args.lr * run.effective_batch / 256
 
 
 def warmup_steps(run):
@@ -357,9 +368,9 @@ def update_weights(run):
 
 def log_step(run, step, features, clock):
     """Averages since the last line, and what this step's features look like: the one wait for the device."""
-    run.recorder.read(may_overflow=may_overflow(run))
+    run.recorder.read(may_overflow=run.may_overflow)
     num_steps, averages = run.recorder.line.count, run.recorder.line.take()
-    images = effective_batch(run)
+    images = run.effective_batch
     features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.batch_size))
     line = {
         **log_head("step", run, step, averages),
@@ -383,7 +394,7 @@ def log_head(kind, run, step, averages):
         "kind": kind,
         "step": step,
         "epoch": (step - 1) // run.loader.steps_per_epoch,
-        **{f"train_{name}": value for name, value in averages.items()},
+        **{f"train_{name}": value for name, value in averages.items() if name != "bad_images"},
         "train_lr": run.optimizer.param_groups[0]["lr"],
         "train_wd": run.optimizer.param_groups[0]["weight_decay"],
     }
@@ -391,20 +402,15 @@ def log_head(kind, run, step, averages):
 
 def count_bad_images(run):
     """Files that could not be read in this epoch, over all processes. Raises UserError above --max_bad_images."""
-    total = torch.tensor(run.loader.num_bad_images)
-    dist.all_reduce(total)
-    run.loader.check_bad_images(int(total))
-    return int(total)
-
-
-def may_overflow(run):
-    return ("grad_norm",) if run.scaler.is_enabled() else ()
+    total = round(run.recorder.epoch.sums["bad_images"] * world_size())  # the recorder's numbers are means over these
+    run.loader.check_bad_images(total)
+    return total
 
 
 def finish_epoch(run, step):
     """k-NN where it is asked for, the epoch's line, and its checkpoint."""
     args, epoch = run.args, (step - 1) // run.loader.steps_per_epoch
-    run.recorder.read(may_overflow=may_overflow(run))
+    run.recorder.read(may_overflow=run.may_overflow)
     line = log_head("epoch", run, step, run.recorder.epoch.take())
     last = step == run.total_steps
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
@@ -440,23 +446,13 @@ def describe(run, step):
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
     for text in model.objective.describe():
         say(text)
-    say(f"effective batch {effective_batch(run)} = {run.batch_size} x {world_size()}; "
-        f"lr {peak_lr(run):.3g} = {args.lr:g} x {effective_batch(run)} / 256 after {warmup_steps(run)} steps; "
+    say(f"effective batch {run.effective_batch} = {run.batch_size} x {world_size()}; "
+        f"lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after {warmup_steps(run)} steps; "
         f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
     if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
         say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
     start = f"resuming at step {step}" if step else "starting"
     say(f"{start}: {run.total_steps} steps in all; run folder {args.output_dir}")
-
-
-def commit():
-    """The commit of this code, with a mark where files differ from it; "unknown" outside a git checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 class Clock:
@@ -484,11 +480,7 @@ class Clock:
             yield item
 
 
-# ---- nothing is lost -------------------------------------------------------------------------------------------------
-
-
-def checkpoint_path(args):
-    return Path(args.output_dir) / "checkpoint.pth"
+# ---- when to save and to stop (checkpoint.py: how) -------------------------------------------------------------------
 
 
 def wish(run):
@@ -497,26 +489,6 @@ def wish(run):
         return int(run.watch.signals[0])
     due = rank() == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_every_minutes
     return SAVE if due else GO_ON
-
-
-def save(run, step, stopping=False):
-    """Write checkpoint.pth from rank 0; returns whether this process did. A run that cannot write it says so and goes
-    on, the next one may succeed; unless it is `stopping`, then it raises RunFailed."""
-    run.recorder.read(may_overflow=may_overflow(run))  # on all processes: a loss that is not finite is never saved
-    run.saved_at = time.monotonic()
-    run.model.objective.before_save()
-    if rank() != 0:
-        return False
-    try:
-        with run.watch.paused():
-            run.log.flush(to_disk=True)
-            save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
-        return True
-    except OSError as error:
-        if stopping:
-            raise RunFailed(f"step {step}: {error}") from None
-        run.log.say(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
-        return False
 
 
 def stop(run, step, number):
@@ -531,199 +503,6 @@ def close(run):
     run.log.close()
     if run.lock:
         run.lock.close()
-
-
-def at_rest(run, step):
-    """What the next step's forward pass will change before the optimizer changes the weights: the buffers.
-
-    With it the state at `step` can still be saved when that pass is stuck. Only on a CPU: the host of a GPU is steps
-    ahead of it. Not with sharded codes: gathering their usage takes all processes."""
-    if run.device.type != "cpu" or run.args.shard_codes:
-        return None
-    frozen = (torch.int8, torch.uint8)  # the dictionary's
-    return step, {k: v.clone() for k, v in run.model.named_buffers() if v.dtype not in frozen}
-
-
-def save_last_whole_step(run):
-    """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others."""
-    if rank() != 0 or run.at_rest is None:
-        return
-    step, buffers = run.at_rest
-    with run.watch.paused():
-        recorder = run.recorder.read_alone(may_overflow(run))
-        run.log.flush(to_disk=True)
-        save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
-    run.log.say(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
-
-
-def checkpoint_state(run, step, buffers=None, recorder=None):
-    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once.
-
-    buffers, recorder: instead of the present ones."""
-    model = run.model.state_dict()
-    model |= {name: value for name, value in (buffers or {}).items() if name in model}
-    backbone = {k: v for k, v in model.items() if k.startswith("backbone.")}
-    head, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
-    weights = backbone | {f"head.{k}": v for k, v in head.items()}
-    return {
-        "format": FORMAT,
-        "student": weights,
-        "teacher": weights,
-        "objective": rest,
-        "optimizer": run.optimizer.state_dict(),
-        "fp16_scaler": run.scaler.state_dict(),
-        "recorder": (recorder or run.recorder).state_dict(),
-        "epoch": step // run.loader.steps_per_epoch,  # the one to go on with, as in DINO's files
-        "step": step,
-        "args": checkpoint_args(run.args),
-        "world_size": world_size(),
-        "effective_batch": effective_batch(run),
-        "fingerprint": run.loader.images.fingerprint,
-        "commit": commit(),
-    }
-
-
-def checkpoint_args(args):
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-
-
-def split_state(state):
-    """An objective's state dict -> (its head's, the rest)."""
-    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-    return head, {k: v for k, v in state.items() if not k.startswith("head.")}
-
-
-def keep_copy(run, step):
-    """checkpoint0020.pth and so on by --saveckp_freq: a hard link where the file system has them, for a later
-    checkpoint.pth is a new file."""
-    path, epoch = checkpoint_path(run.args), math.ceil(step / run.loader.steps_per_epoch)
-    ended = step == run.total_steps or step % run.loader.steps_per_epoch == 0
-    due = run.args.saveckp_freq and (epoch % run.args.saveckp_freq == 0 or step == run.total_steps)
-    if rank() != 0 or step == 0 or not ended or not due:
-        return
-    name = f"checkpoint{epoch:04d}.pth"
-    aside = path.with_name(f".{name}.tmp")
-    with run.log.going_on(name):
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:
-            shutil.copyfile(path, aside)
-        os.replace(aside, path.with_name(name))
-
-
-def find_earlier(args):
-    """The output folder's checkpoint, or else --resume's, or None: what the run goes on from, as it is in the file.
-
-    The folder's own comes first: the same command, with --resume in it, must go on when it is started again."""
-    if args.no_resume and not is_restart():
-        on_rank_zero(set_aside, Path(args.output_dir))
-    own = checkpoint_path(args)
-    wait_for_same_file(own)
-    path = own if own.exists() else args.resume
-    if path is None:
-        return None
-    state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
-        )
-    return state | {"path": path}
-
-
-@contextlib.contextmanager
-def fitting(state):
-    """What fails while `state` is taken over, fails because the file is of another run or was changed."""
-    try:
-        yield
-    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{state['path']}: does not fit this run: {type(error).__name__} {reason}") from None
-
-
-def resume(run):
-    """Take over the earlier checkpoint, if there is one; returns the step to go on from."""
-    state, run.earlier = run.earlier, None
-    if state is None:
-        return 0
-    with fitting(state):
-        check_same_run(run, state)
-        load_state(run, state)
-        if type(state["step"]) is not int or not 0 <= state["step"] <= run.total_steps:
-            raise ValueError(f"its step is {reprlib.repr(state['step'])} of {run.total_steps}")
-        return state["step"]
-
-
-def share_of_batch(args, state):
-    """Images per process. The same command on another number of processes keeps the run's effective batch, so that
-    every step sees the images that it would have seen. Raises UserError where that cannot be divided."""
-    if state is None or args.allow_changed_flags:
-        return args.batch_size_per_gpu
-    with fitting(state):
-        total, same_command = state["effective_batch"], state["args"]["batch_size_per_gpu"] == args.batch_size_per_gpu
-        if not same_command:
-            return args.batch_size_per_gpu
-        if total % world_size():
-            raise UserError(
-                f"{state['path']}: its run takes {total} images per step, which {world_size()} processes cannot share "
-                f"evenly; start a number of processes that divides {total}"
-            )
-        return total // world_size()
-
-
-def load_state(run, state):
-    weights = state["student"]
-    backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
-    head = {k: v for k, v in weights.items() if k.startswith("head.")}
-    run.model.backbone.load_state_dict(backbone)
-    run.model.objective.load_state_dict(state["objective"] | head)
-    run.optimizer.load_state_dict(state["optimizer"])
-    check_moments(run.optimizer)
-    run.scaler.load_state_dict(state["fp16_scaler"])
-    run.recorder.load_state_dict(state["recorder"])
-
-
-def check_moments(optimizer):
-    """load_state_dict does not look at shapes. Raises ValueError."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if value is not None and (not torch.is_tensor(value) or value.shape not in ((), parameter.shape)):
-                raise ValueError(f"the optimizer's {name} is not of its parameter's shape {tuple(parameter.shape)}")
-
-
-# flags that another machine or another mood may change without changing the result
-FREE_FLAGS = {
-    "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
-    "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
-    "grad_checkpointing", "batch_size_per_gpu", "codes_storage",
-}  # fmt: skip
-
-
-def check_same_run(run, state):
-    """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
-    then, now = state["args"], checkpoint_args(run.args)
-    changed = [name for name in sorted(now.keys() - FREE_FLAGS) if then.get(name) != now[name]]
-    changes = [f"--{name} {reprlib.repr(then.get(name))} -> {now[name]}" for name in changed]
-    if state["effective_batch"] != effective_batch(run):
-        changes.append(f"effective batch {state['effective_batch']} -> {effective_batch(run)}")
-    if run.args.prior_scope == "local" and state["world_size"] != world_size():
-        changes.append(f"--prior_scope local on {state['world_size']} -> {world_size()} processes")
-    if state["fingerprint"] != run.loader.images.fingerprint:
-        changes.append(f"the data set's content {state['fingerprint']} -> {run.loader.images.fingerprint}")
-    if changes and not run.args.allow_changed_flags:
-        raise UserError(
-            f"{state['path']} is from a run with other settings: {'; '.join(changes)}; give the same flags, "
-            "--allow_changed_flags to go on all the same, or another --output_dir"
-        )
-
-
-def set_aside(folder):
-    """Rename an earlier run's files to *.old1, *.old2, ...: nothing already saved is ever lost."""
-    names = [p.name for p in folder.glob("checkpoint*.pth")] + ["log.txt", "loss.png"]
-    number = next(n for n in itertools.count(1) if not any((folder / f"{name}.old{n}").exists() for name in names))
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder / name, folder / f"{name}.old{number}")
 
 
 # ---- what a run is made of -------------------------------------------------------------------------------------------
@@ -810,10 +589,6 @@ def build_optimizer(args, model):
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     return Lars(groups, lr=0.0, momentum=0.9)
-
-
-def effective_batch(run):
-    return run.batch_size * world_size()
 
 
 def check_arguments(args, device):

@@ -12,6 +12,7 @@ import pickle
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -345,6 +346,17 @@ class Agreement:
         self.pending = None
         work.wait()
         return int(value)
+
+
+@functools.cache
+def commit():
+    """The commit of this code, with a mark where files differ from it; "unknown" outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 # ---- randomness and schedules: functions, not histories --------------------------------------------------------------

@@ -3,7 +3,7 @@
     with Watch((signal.SIGTERM, signal.SIGINT), patience=600, last_resort=save_what_is_whole) as watch:
         for batch in batches:
             train_one_step(batch)
-            watch.progress()
+            watch.progress(step)
             if watch.signals:                      # the ordinary way: save, and end at a step's end
                 ...
 
@@ -32,8 +32,8 @@ class Watch:
 
     numbers:      the signals to collect, into `.signals`, in the order of their arrival. A second SIGINT interrupts the
                   main thread at once: the user has waited long enough.
-    patience:     seconds without `progress()` after which the process prints the stack of every thread and ends with
-                  exit code UNFINISHED; 0: never. The first `progress()` starts the watch: start-up takes what it takes.
+    patience:     seconds without `progress(step)` after which the process prints the stack of every thread and ends
+                  with exit code UNFINISHED; 0: never. The first `progress` starts the watch: start-up takes its time.
     last_resort:  called in a thread, for GRACE_S at most, before the process is ended by this or because the main
                   thread did nothing about a signal for GRACE_S (exit code 128 + its number).
 
@@ -44,10 +44,11 @@ class Watch:
         self.numbers, self.patience, self.last_resort = numbers, patience, last_resort
         self.signals, self.interrupts = [], 0
         self.moved_at = self.signalled_at = None  # seconds of time.monotonic(), which nobody sets back
+        self.step = None
         self.resting = 0
 
-    def progress(self):
-        self.moved_at = time.monotonic()
+    def progress(self, step):
+        self.step, self.moved_at = step, time.monotonic()
 
     @contextlib.contextmanager
     def paused(self):
@@ -58,7 +59,7 @@ class Watch:
         finally:
             self.resting -= 1
             if self.moved_at is not None:
-                self.progress()
+                self.progress(self.step)
 
     def __enter__(self):
         self.receiver, self.sender = socket.socketpair()
@@ -112,7 +113,7 @@ class Watch:
                 128 + self.signals[0],
             )
         else:
-            why, code = f"no progress for {self.patience:g} s", UNFINISHED
+            why, code = f"no progress for {self.patience:g} s at step {self.step}", UNFINISHED
         print(f"error (rank {rank()}): {why}; every thread of this process:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__)
         resort = threading.Thread(target=self.last_resort, daemon=True)  # what hangs may be the disk

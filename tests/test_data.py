@@ -428,6 +428,13 @@ def test_fingerprint_follows_names_and_pixels(class_folders, tmp_path, photograp
     assert prints[0] == data.open_dataset(folder_args(class_folders)).fingerprint
 
 
+def test_fingerprint_notices_images_made_anew_under_the_same_names(tmp_path):
+    write(tmp_path / "a.png", picture(8, 8))
+    first, again = (data.open_dataset(folder_args(tmp_path)).fingerprint for _ in range(2))
+    write(tmp_path / "a.png", picture(9, 9))
+    assert first == again != data.open_dataset(folder_args(tmp_path)).fingerprint
+
+
 def test_names_take_little_memory():
     names = [b"n%08d/n%08d_%d.JPEG" % (i % 1000, i % 1000, i) for i in range(100_000)]
     images = data.FolderImages("/data", names)

@@ -68,7 +68,7 @@ def wait_until(true):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_ends_a_process_that_is_stuck_in_c(number):
-    process = start("w.progress(); stuck_here()")
+    process = start("w.progress(7); stuck_here()")
     assert process.stdout.readline() == "stuck\n"
     process.send_signal(number)
     code, output, errors = end(process)
@@ -77,13 +77,13 @@ def test_a_signal_ends_a_process_that_is_stuck_in_c(number):
 
 
 def test_standstill_shows_the_stack_and_ends():
-    code, output, errors = end(start("w.progress(); stuck_here()", patience=1))
+    code, output, errors = end(start("w.progress(7); stuck_here()", patience=1))
     assert code == UNFINISHED and "last resort" in output
-    assert "no progress for 1 s" in errors and "in stuck_here" in errors
+    assert "no progress for 1 s at step 7" in errors and "in stuck_here" in errors
 
 
 def test_progress_a_pause_and_no_first_step_keep_a_process_alive():
-    body = "time.sleep(1.5); w.progress(); [(time.sleep(0.1), w.progress()) for _ in range(15)]"
+    body = "time.sleep(1.5); w.progress(7); [(time.sleep(0.1), w.progress(7)) for _ in range(15)]"
     body += "\n    with w.paused(): time.sleep(2.5)\n    time.sleep(0.3)"
     code, output, errors = end(start(body, patience=1))
     assert code == 0 and output == "left in order []\n", errors
@@ -100,6 +100,6 @@ def test_a_signal_that_is_heeded_leaves_in_order():
 
 @pytest.mark.parametrize("last", ["lambda: time.sleep(1000)", "lambda: 1 / 0"])
 def test_a_last_resort_that_fails_or_hangs_does_not_keep_the_process(last):
-    code, _, errors = end(start("w.progress(); stuck_here()", patience=1, last=last))
+    code, _, errors = end(start("w.progress(7); stuck_here()", patience=1, last=last))
     assert code == UNFINISHED
     assert ("ZeroDivisionError" in errors) == ("1 / 0" in last)

@@ -1,0 +1,253 @@
+"""What of a run is on disk: what a checkpoint holds, how it is written, and how a run goes on from it.
+
+    save(run, step)                      checkpoint.pth, whole or not at all, from rank 0
+    keep_copy(run, step)                 checkpoint0020.pth, ...
+    find_earlier(args), resume(run)      the checkpoint to go on from; what must be the same then, is compared
+    save_last_whole_step(run)            the last resort of a run that is stuck
+
+`run` is main_cplearn's Run. A run that goes on is the undisturbed run, bit for bit on a CPU: order, augmentation and
+noise are functions of the step, so that the state at a step's end is all there is.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import reprlib
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from utils import (
+    RunFailed,
+    UserError,
+    commit,
+    is_restart,
+    load_checkpoint,
+    on_rank_zero,
+    rank,
+    save_checkpoint,
+    wait_for_same_file,
+    world_size,
+)
+
+FORMAT = "cplearn 2"
+
+
+def checkpoint_path(args):
+    return Path(args.output_dir) / "checkpoint.pth"
+
+
+def save(run, step, stopping=False):
+    """Write checkpoint.pth from rank 0; returns whether this process did. A run that cannot write it says so and goes
+    on, the next one may succeed; unless it is `stopping`, then it raises RunFailed."""
+    run.recorder.read(run.may_overflow)  # on all processes: a loss that is not finite is never saved
+    run.saved_at = time.monotonic()
+    run.model.objective.before_save()
+    if rank() != 0:
+        return False
+    try:
+        with run.watch.paused():
+            run.log.flush(to_disk=True)
+            save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
+        return True
+    except OSError as error:
+        if stopping:
+            raise RunFailed(f"step {step}: {error}") from None
+        run.log.say(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
+        return False
+
+
+def at_rest(run, step):
+    """What the next step's forward pass will change before the optimizer changes the weights: the buffers.
+
+    With it the state at `step` can still be saved when that pass is stuck. Only on a CPU: the host of a GPU is steps
+    ahead of it. Not with sharded codes: gathering their usage takes all processes."""
+    if run.device.type != "cpu" or run.args.shard_codes:
+        return None
+    frozen = (torch.int8, torch.uint8)  # the dictionary's
+    return step, {k: v.clone() for k, v in run.model.named_buffers() if v.dtype not in frozen}
+
+
+def save_last_whole_step(run):
+    """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others."""
+    if rank() != 0 or run.at_rest is None:
+        return
+    step, buffers = run.at_rest
+    with run.watch.paused():
+        recorder = run.recorder.read_alone(run.may_overflow)
+        run.log.flush(to_disk=True)
+        save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
+    run.log.say(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
+
+
+def checkpoint_state(run, step, buffers=None, recorder=None):
+    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once.
+
+    buffers, recorder: instead of the present ones."""
+    model = run.model.state_dict()
+    model |= {name: value for name, value in (buffers or {}).items() if name in model}
+    backbone = {k: v for k, v in model.items() if k.startswith("backbone.")}
+    head, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
+    weights = backbone | {f"head.{k}": v for k, v in head.items()}
+    return {
+        "format": FORMAT,
+        "student": weights,
+        "teacher": weights,
+        "objective": rest,
+        "optimizer": run.optimizer.state_dict(),
+        "fp16_scaler": run.scaler.state_dict(),
+        "recorder": (recorder or run.recorder).state_dict(),
+        "epoch": step // run.loader.steps_per_epoch,  # the one to go on with, as in DINO's files
+        "step": step,
+        "args": checkpoint_args(run.args),
+        "world_size": world_size(),
+        "effective_batch": run.effective_batch,
+        "fingerprint": run.loader.images.fingerprint,
+        "commit": commit(),
+    }
+
+
+def checkpoint_args(args):
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+
+
+def split_state(state):
+    """An objective's state dict -> (its head's, the rest)."""
+    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    return head, {k: v for k, v in state.items() if not k.startswith("head.")}
+
+
+def keep_copy(run, step):
+    """checkpoint0020.pth and so on by --saveckp_freq: a hard link where the file system has them, for a later
+    checkpoint.pth is a new file."""
+    path, epoch = checkpoint_path(run.args), math.ceil(step / run.loader.steps_per_epoch)
+    ended = step == run.total_steps or step % run.loader.steps_per_epoch == 0
+    due = run.args.saveckp_freq and (epoch % run.args.saveckp_freq == 0 or step == run.total_steps)
+    if rank() != 0 or step == 0 or not ended or not due:
+        return
+    name = f"checkpoint{epoch:04d}.pth"
+    aside = path.with_name(f".{name}.tmp")
+    with run.log.going_on(name):
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
+        os.replace(aside, path.with_name(name))
+
+
+def find_earlier(args):
+    """The output folder's checkpoint, or else --resume's, or None: what the run goes on from, as it is in the file.
+
+    The folder's own comes first: the same command, with --resume in it, must go on when it is started again."""
+    if args.no_resume and not is_restart():
+        on_rank_zero(set_aside, Path(args.output_dir))
+    own = checkpoint_path(args)
+    wait_for_same_file(own)
+    path = own if own.exists() else args.resume
+    if path is None:
+        return None
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
+        )
+    return state | {"path": path}
+
+
+@contextlib.contextmanager
+def fitting(state):
+    """What fails while `state` is taken over, fails because the file is of another run or was changed."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{state['path']}: does not fit this run: {type(error).__name__} {reason}") from None
+
+
+def resume(run):
+    """Take over the earlier checkpoint, if there is one; returns the step to go on from."""
+    state, run.earlier = run.earlier, None
+    if state is None:
+        return 0
+    with fitting(state):
+        check_same_run(run, state)
+        load_state(run, state)
+        if type(state["step"]) is not int or not 0 <= state["step"] <= run.total_steps:
+            raise ValueError(f"its step is {reprlib.repr(state['step'])} of {run.total_steps}")
+        return state["step"]
+
+
+def share_of_batch(args, state):
+    """Images per process. The same command on another number of processes keeps the run's effective batch, so that
+    every step sees the images that it would have seen. Raises UserError where that cannot be divided."""
+    if state is None or args.allow_changed_flags:
+        return args.batch_size_per_gpu
+    with fitting(state):
+        total, same_command = state["effective_batch"], state["args"]["batch_size_per_gpu"] == args.batch_size_per_gpu
+        if not same_command:
+            return args.batch_size_per_gpu
+        if total % world_size():
+            raise UserError(
+                f"{state['path']}: its run takes {total} images per step, which {world_size()} processes cannot share "
+                f"evenly; start a number of processes that divides {total}"
+            )
+        return total // world_size()
+
+
+def load_state(run, state):
+    weights = state["student"]
+    backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+    head = {k: v for k, v in weights.items() if k.startswith("head.")}
+    run.model.backbone.load_state_dict(backbone)
+    run.model.objective.load_state_dict(state["objective"] | head)
+    run.optimizer.load_state_dict(state["optimizer"])
+    check_moments(run.optimizer)
+    run.scaler.load_state_dict(state["fp16_scaler"])
+    run.recorder.load_state_dict(state["recorder"])
+
+
+def check_moments(optimizer):
+    """load_state_dict does not look at shapes. Raises ValueError."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if value is not None and (not torch.is_tensor(value) or value.shape not in ((), parameter.shape)):
+                raise ValueError(f"the optimizer's {name} is not of its parameter's shape {tuple(parameter.shape)}")
+
+
+# flags that another machine or another mood may change without changing the result
+FREE_FLAGS = {
+    "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
+    "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
+    "grad_checkpointing", "batch_size_per_gpu", "codes_storage",
+}  # fmt: skip
+
+
+def check_same_run(run, state):
+    """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
+    then, now = state["args"], checkpoint_args(run.args)
+    changed = [name for name in sorted(now.keys() - FREE_FLAGS) if then.get(name) != now[name]]
+    changes = [f"--{name} {reprlib.repr(then.get(name))} -> {now[name]}" for name in changed]
+    if state["effective_batch"] != run.effective_batch:
+        changes.append(f"effective batch {state['effective_batch']} -> {run.effective_batch}")
+    if run.args.prior_scope == "local" and state["world_size"] != world_size():
+        changes.append(f"--prior_scope local on {state['world_size']} -> {world_size()} processes")
+    if state["fingerprint"] != run.loader.images.fingerprint:
+        changes.append(f"the data set's content {state['fingerprint']} -> {run.loader.images.fingerprint}")
+    if changes and not run.args.allow_changed_flags:
+        raise UserError(
+            f"{state['path']} is from a run with other settings: {'; '.join(changes)}; give the same flags, "
+            "--allow_changed_flags to go on all the same, or another --output_dir"
+        )
+
+
+def set_aside(folder):
+    """Rename an earlier run's files to *.old1, *.old2, ...: nothing already saved is ever lost."""
+    names = [p.name for p in folder.glob("checkpoint*.pth")] + ["log.txt", "loss.png"]
+    number = next(n for n in itertools.count(1) if not any((folder / f"{name}.old{n}").exists() for name in names))
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder / name, folder / f"{name}.old{number}")

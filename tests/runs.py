@@ -1,0 +1,174 @@
+"""What the tests of whole runs share: pictures, a small run's flags, processes that run it, and how two runs compare.
+
+    job = launch(flags(folder, output_dir, epochs=4), tmp_path, processes=2, faults={1: partial(faults.kill_at, ...)})
+    job.wait_for("step 5/")
+    assert job.wait() == [75, -signal.SIGKILL], job.output()
+
+Processes are forked from one that has torch and main_cplearn in memory: importing them takes seven seconds each time.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import main_cplearn
+from monitor import read_log
+from utils import load_checkpoint
+
+ROOT = Path(main_cplearn.__file__).resolve().parent
+NUM_IMAGES, BATCH, STEPS = 96, 8, 48  # a small run: 4 epochs of 12 steps, about 2 s
+TIMEOUT = 240  # seconds for what takes a few on a quiet machine
+
+
+def write_pictures(root, count=NUM_IMAGES):
+    """`count` noisy PNGs of 32 px in 3 class folders, each class with a colour of its own; returns root."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = Path(root) / f"class{i % 3}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 120, (32, 32, 3))
+        pixels[..., i % 3] += 100
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def flags(folder, output_dir, processes=1, **changes):
+    """A small run on a ResNet-8, saved after every step, as words of the command line."""
+    values = {
+        "dataset": "imagefolder", "data_path": folder, "img_size": 32, "arch": "resnet8", "width": 16,
+        "out_dim": 64, "batch_size_per_gpu": BATCH // processes, "epochs": 4, "warmup_epochs": 1, "precision": "fp32",
+        "device": "cpu", "num_workers": 0, "log_every": 5, "saveckp_freq": 0, "save_every_minutes": 0,
+        "output_dir": output_dir,
+    } | changes  # fmt: skip
+    words = []
+    for name, value in values.items():
+        if value is None:  # without this flag
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def launch(words, where, processes=1, faults=None):
+    """Run main_cplearn.main(words) in `processes` processes; returns the Job.
+
+    where: folder for what they print. faults: {rank: function called in that process before main}."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "main_cplearn", "matplotlib.pyplot"])
+    output = Path(where) / f"output_{time.monotonic_ns()}.txt"
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = []
+    for rank in range(processes):
+        env = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        fault = (faults or {}).get(rank)
+        workers.append(context.Process(target=_run, args=(list(map(str, words)), env, str(output), fault)))
+        workers[-1].start()
+    return Job(workers, output)
+
+
+def _run(words, env, output, fault):
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in the command
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update({name: str(value) for name, value in env.items()})
+    torch.set_num_threads(1)
+    if fault is not None:
+        fault()
+    print(f"process {os.getpid()} begins", flush=True)
+    main_cplearn.main(words)
+
+
+class Job:
+    """Processes of one run. Nothing here waits for ever: what takes too long is killed, and its output shown."""
+
+    def __init__(self, workers, path):
+        self.workers, self.path = workers, path
+
+    def output(self):
+        return self.path.read_text(errors="replace") if self.path.exists() else ""
+
+    def wait(self, timeout=TIMEOUT):
+        """The exit codes by rank; a process that died of signal n has -n."""
+        deadline = time.monotonic() + timeout
+        for worker in self.workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        codes = [worker.exitcode for worker in self.workers]
+        self.kill()  # the data workers of those that were killed
+        assert None not in codes, f"exit codes {codes} after {timeout} s:\n{self.output()}"
+        return codes
+
+    def wait_for(self, text, timeout=TIMEOUT, times=1):
+        """Return when `text` has been printed so often."""
+        deadline = time.monotonic() + timeout
+        while self.output().count(text) < times:
+            over = not any(worker.is_alive() for worker in self.workers)
+            if time.monotonic() > deadline or (over and self.output().count(text) < times):
+                self.kill()
+                raise AssertionError(f"{text!r} was not printed {times} times:\n{self.output()}")
+            time.sleep(0.01)
+
+    def signal(self, number, rank=0):
+        os.kill(self.workers[rank].pid, number)
+
+    def kill(self):
+        for worker in self.workers:
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    if kill is os.killpg or worker.exitcode is None:
+                        kill(worker.pid, signal.SIGKILL)
+            worker.join()
+
+
+def run_to_end(words, where, processes=1, faults=None):
+    """Returns what was printed by a run that must end well."""
+    job = launch(words, where, processes, faults)
+    codes = job.wait()
+    assert codes == [0] * processes, job.output()
+    return job.output()
+
+
+def tensors(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {k: v for name, value in items for k, v in tensors(value, f"{prefix}.{name}").items()}
+
+
+def assert_same_checkpoint(a, b):
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    assert a["step"] == b["step"] and a["recorder"] == b["recorder"]
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert different == []
+
+
+SPEED = ("images_per_s", "data_wait", "memory_mb")  # what the machine decides
+AVERAGES = ("train_loss", "train_invariance", "train_prior", "train_grad_norm", "gap", "uniformity")
+
+
+def logged(folder, without=SPEED):
+    """The lines of log.txt without what need not be the same."""
+    return [{k: v for k, v in line.items() if k not in without} for line in read_log(Path(folder) / "log.txt")]
+
+
+def assert_same_run(folder, undisturbed, rank_lost=False):
+    """Bit for bit the same end, the same log, and nothing left lying about.
+
+    rank_lost: rank 0 may have saved its last step alone, so that what the dead had to add to the means since the last
+    logged line is missing from the next one."""
+    assert_same_checkpoint(Path(folder) / "checkpoint.pth", Path(undisturbed) / "checkpoint.pth")
+    without = SPEED + (AVERAGES if rank_lost else ())
+    assert logged(folder, without) == logged(undisturbed, without)
+    assert not list(Path(folder).glob(".*.tmp"))
