@@ -21,6 +21,8 @@ Shapes: B images per process, N validation images, D features, C classes.
 """
 
 import json
+import reprlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -302,7 +304,7 @@ class HeadRun:
 
     def best(self):
         """Highest top-1 of any epoch, in percent: a choice by the test images."""
-        return max((line["test_acc1"] for line in self.log if "test_acc1" in line), default=None)
+        return max((float(line["test_acc1"]) for line in self.log if "test_acc1" in line), default=None)
 
     def finish_epoch(self, line):
         self.scheduler.step()
@@ -335,18 +337,39 @@ class HeadRun:
             return
         path = self.folder / KEPT
         kept = utils.load_checkpoint(path)
+        try:
+            self.check_same_run(kept, path)
+            load_head(self.head, kept, path, self.subject)
+            self.load_state(kept)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: cannot be gone on from: {type(error).__name__} {error}") from None
+        if utils.rank() == 0:
+            print(f"{path}: {self.epoch} of {self.args.epochs} epochs are done", flush=True)
+
+    def check_same_run(self, kept, path):
         for name, value in kept.get("settings", {}).items():
             if self.settings.get(name) != value:
                 raise UserError(
-                    f"{path}: trained with {name} {value}, this run has {self.settings.get(name)}: take the same "
-                    "settings, or another --output_dir"
+                    f"{path}: trained with {name} {reprlib.repr(value)}, this run has {self.settings.get(name)}: take "
+                    "the same settings, or another --output_dir"
                 )
-        load_head(self.head, kept, path, self.subject)
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.scheduler.load_state_dict(kept["scheduler"])
-        self.epoch, self.log = kept["epoch"], kept.get("log", [])
-        if utils.rank() == 0:
-            print(f"{path}: {self.epoch} of {self.args.epochs} epochs are done", flush=True)
+
+    def load_state(self, kept):
+        """Of the optimizer only the momentum: its settings follow from the flags and the epoch, and a file that says
+        otherwise is damaged. Raises what Python raises where `kept` is not what `state_dict` returns."""
+        if type(kept["epoch"]) is not int or not 0 <= kept["epoch"] <= self.args.epochs:
+            raise ValueError(f"its epoch is {reprlib.repr(kept['epoch'])} of {self.args.epochs}")
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": kept["optimizer"]["state"], "param_groups": settings})
+        for parameter in self.head.parameters():
+            if self.optimizer.state[parameter]["momentum_buffer"].shape != parameter.shape:
+                raise ValueError(f"its momentum is not of the shape {tuple(parameter.shape)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer made no steps
+            for _ in range(kept["epoch"]):
+                self.scheduler.step()
+        self.epoch, self.log = kept["epoch"], [dict(line) for line in kept.get("log", [])]
+        json.dumps([self.log, self.best()])  # as they will be written
 
 
 def new_head(num_features, num_labels, seed):
@@ -390,10 +413,12 @@ def load_head(head, kept, path, subject):
 
     Raises UserError for a file without them and for other sizes, with the settings that would fit."""
     state = kept.get("state_dict", kept) if isinstance(kept, dict) else {}
-    state = {name.removeprefix("module.").removeprefix("linear."): tensor for name, tensor in state.items()}
-    if not {"weight", "bias"} <= state.keys() or state["weight"].ndim != 2:
+    state = state if isinstance(state, dict) else {}
+    state = {str(name).removeprefix("module.").removeprefix("linear."): tensor for name, tensor in state.items()}
+    weight, bias = state.get("weight"), state.get("bias")
+    if not (torch.is_tensor(weight) and torch.is_tensor(bias) and weight.ndim == 2 and bias.shape == weight.shape[:1]):
         raise UserError(f"{path}: expected a linear head, state_dict with module.linear.weight and module.linear.bias")
-    num_labels, num_features = state["weight"].shape
+    num_labels, num_features = weight.shape
     if num_features != head.in_features:
         args = subject.args
         width = head.in_features // (args.n_last_blocks + args.avgpool_patchtokens)
@@ -403,7 +428,7 @@ def load_head(head, kept, path, subject):
         )
     if num_labels != head.out_features:
         raise UserError(f"{path}: a head for {num_labels} classes, expected {head.out_features}; see --num_labels")
-    head.load_state_dict({"weight": state["weight"], "bias": state["bias"]})
+    head.load_state_dict({"weight": weight, "bias": bias})
 
 
 def fitting_settings(num_features, width):

@@ -21,10 +21,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from timm.optim import Lars
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -251,12 +253,12 @@ def train(args):
                 step = train_one_epoch(run, step)
                 finish_epoch(run, step)
             run.agreement.settle()
+            run.log.say(f"done: {step} steps; {checkpoint_path(args)}")
+            close(run)
         except RuntimeError as error:
             if is_lost_peer(error):
                 save_last_whole_step(run)
             raise
-    run.log.say(f"done: {step} steps; {checkpoint_path(args)}")
-    close(run)
     return step
 
 
@@ -494,6 +496,7 @@ def wish(run):
 def stop(run, step, number):
     """End after signal `number`: the checkpoint is written."""
     run.agreement.settle()
+    dist.barrier()  # SLURM ends all processes when the first one leaves: not while rank 0 writes
     run.log.say(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
     raise SystemExit(128 + number)
@@ -573,13 +576,14 @@ def wrap(model, device, compiled):
         model.backbone.compile()
     if world_size() == 1:
         return model
-    # buffers need no broadcast: batch norm is synchronised, and the dictionary never changes
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its successor would overwrite the shards of a dictionary
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch norm is synchronised, and the dictionary never changes
+            gradient_as_bucket_view=True,
+        )
 
 
 def build_optimizer(args, model):

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import importlib
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -25,7 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-UNFINISHED = 75  # exit code: no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
+# exit codes
+UNFINISHED = 75  # no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
+STOPPED = range(129, 160)  # 128 + the number of the signal that it heeded
 
 
 class UserError(Exception):
@@ -116,13 +119,25 @@ def command_line(main):
             if not is_lost_peer(error):
                 raise
             print_error(f"a peer is lost: {' '.join(str(error).split())[:200]}; its own log says why; start again")
-            sys.stdout.flush()
-            os._exit(UNFINISHED)  # the process group is broken: leaving it in order would wait for the dead
+            leave(UNFINISHED)  # the process group is broken: leaving it in order would wait for the dead
+        except SystemExit as ending:
+            if ending.code in STOPPED:
+                leave(ending.code)
+            raise
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     return run
+
+
+def leave(code):
+    """End this process here and now: to take torch apart costs seconds that a scheduler may not give."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def print_error(error):

@@ -13,7 +13,6 @@ for a peer that hangs, would never hear that its time is up. The interpreter's w
 
 import contextlib
 import faulthandler
-import os
 import select
 import signal
 import socket
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 
-from utils import UNFINISHED, rank
+from utils import UNFINISHED, leave, rank
 
 GRACE_S = 20.0  # from a signal (or the last step after it) to the last resort; SLURM's KillWait and torchrun allow 30 s
 FAREWELL_S = 3.0  # the first rank to leave ends the job: time for all others to print where they are
@@ -120,5 +119,4 @@ class Watch:
         resort.start()
         resort.join(GRACE_S)
         time.sleep(FAREWELL_S)
-        sys.stdout.flush()
-        os._exit(code)  # the main thread is stuck: nothing gentler reaches it
+        leave(code)  # the main thread is stuck: nothing gentler reaches it
