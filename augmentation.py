@@ -85,6 +85,8 @@ def resolve_augmentation_defaults(args):
     args: a namespace with the flags of `add_augmentation_arguments`, `dataset`, `patch_size`, the resolved `img_size`.
     Raises UserError for a value that makes no sense.
     """
+    if not 0 < args.patch_size < 10_000:
+        raise UserError(f"--patch_size {args.patch_size}: expected a number of pixels above 0")
     if args.augmentation is None:
         args.augmentation = "dino" if args.dataset == "imagefolder" else "small"
     if args.local_crops_size is None:
@@ -94,10 +96,10 @@ def resolve_augmentation_defaults(args):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
             raise UserError(f"--{name} {low:g} {high:g}: expected 0 < MIN <= MAX <= 1, fractions of the image's area")
-    if args.local_crops_number < 0 or args.local_crops_size < 1:
+    if not 0 <= args.local_crops_number <= 100 or not 1 <= args.local_crops_size <= 2**15:
         raise UserError(
-            f"--local_crops_number {args.local_crops_number} must be at least 0, "
-            f"--local_crops_size {args.local_crops_size} at least 1"
+            f"--local_crops_number {args.local_crops_number} must be from 0 to 100, "
+            f"--local_crops_size {args.local_crops_size} from 1 to {2**15}"
         )
     if args.augmentation == "small" and args.img_size <= PADDING:
         raise UserError(

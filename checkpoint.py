@@ -188,6 +188,8 @@ def share_of_batch(args, state):
         return args.batch_size_per_gpu
     with fitting(state):
         total, same_command = state["effective_batch"], state["args"]["batch_size_per_gpu"] == args.batch_size_per_gpu
+        if type(total) is not int or not 0 < total < 2**31:
+            raise ValueError(f"its effective batch is {reprlib.repr(total)}")
         if not same_command:
             return args.batch_size_per_gpu
         if total % world_size():
@@ -204,17 +206,20 @@ def load_state(run, state):
     head = {k: v for k, v in weights.items() if k.startswith("head.")}
     run.model.backbone.load_state_dict(backbone)
     run.model.objective.load_state_dict(state["objective"] | head)
-    run.optimizer.load_state_dict(state["optimizer"])
+    settings = run.optimizer.state_dict()["param_groups"]  # they follow from the flags and the step
+    run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
     check_moments(run.optimizer)
     run.scaler.load_state_dict(state["fp16_scaler"])
     run.recorder.load_state_dict(state["recorder"])
 
 
 def check_moments(optimizer):
-    """load_state_dict does not look at shapes. Raises ValueError."""
+    """load_state_dict looks at neither names nor shapes. Raises ValueError."""
+    if len({frozenset(kept) for kept in optimizer.state.values()}) > 1:
+        raise ValueError("the optimizer does not keep the same of all parameters")
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
-            if value is not None and (not torch.is_tensor(value) or value.shape not in ((), parameter.shape)):
+            if not torch.is_tensor(value) or value.shape not in ((), parameter.shape):
                 raise ValueError(f"the optimizer's {name} is not of its parameter's shape {tuple(parameter.shape)}")
 
 

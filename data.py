@@ -144,9 +144,10 @@ def resolve_dataset_defaults(args):
             )
     if args.num_workers is None:
         args.num_workers = max(1, min(10, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.img_size < 1 or not 0 <= args.num_workers <= MAX_WORKERS:
+    if not 1 <= args.img_size <= 2**15 or not 0 <= args.num_workers <= MAX_WORKERS:
         raise UserError(
-            f"--img_size {args.img_size} must be at least 1, --num_workers {args.num_workers} from 0 to {MAX_WORKERS}"
+            f"--img_size {args.img_size} must be from 1 to {2**15}, "
+            f"--num_workers {args.num_workers} from 0 to {MAX_WORKERS}"
         )
     if not all(math.isfinite(m) for m in args.mean) or not all(0 < s < math.inf for s in args.std):
         raise UserError(f"--mean {args.mean} --std {args.std}: finite numbers, std above 0, on the [0, 1] scale")
@@ -597,7 +598,11 @@ def open_folder(data_path, split):
             "--dataset imagefolder needs --data_path: a folder of images, or a text file with one path per line"
         )
     root = Path(data_path)
-    if root.is_file():
+    try:
+        is_list = root.is_file()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise UserError(f"--data_path {data_path} is no path: {error}") from None
+    if is_list:
         if split == "val":
             raise UserError(f"--data_path {data_path} is a list of images, without a validation part: give a folder")
         return open_list(root)

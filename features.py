@@ -150,13 +150,16 @@ def _load(path, checkpoint_key, arch, patch_size, img_size, in_chans, random_wei
     if settings["arch"] is None:
         raise UserError(f"{path}: neither its settings nor its shapes tell the backbone; name it with --arch")
 
-    backbone = _build(settings, shapes, backbone_state)
-    settings["patch_size"] = _patch_size(backbone)
+    with torch.device("meta"):  # takes no memory: a small file may name a large backbone
+        skeleton = _build(settings, shapes, backbone_state)
+    settings["patch_size"] = _patch_size(skeleton)
     _check_img_size(settings)
     if random_weights:
-        return PretrainedModel(backbone, None, settings)
-    _drop_classifier(backbone, backbone_state, path)
-    _load_strictly(backbone, backbone_state, f"{path}: {settings['arch']}")
+        return PretrainedModel(_build(settings, shapes, backbone_state), None, settings)
+    _drop_classifier(skeleton, backbone_state, path)
+    _check_fits(skeleton, backbone_state, f"{path}: {settings['arch']}")
+    backbone = _build(settings, shapes, backbone_state)
+    backbone.load_state_dict(backbone_state)
     head = _build_head(backbone.embed_dim, head_state, saved.get("activation"), path)
     settings |= {
         "checkpoint_key": checkpoint_key,
@@ -437,7 +440,7 @@ def _matrices(prefix, state):
     return [found[name] for name in ordered if found[name].ndim == 2]
 
 
-def _load_strictly(module, state, what):
+def _check_fits(module, state, what):
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -451,7 +454,6 @@ def _load_strictly(module, state, what):
             f"{what}: {matched} of {len(own)} tensors match, so nothing was loaded; {details}; "
             "look at --checkpoint_key, --arch and --patch_size"
         )
-    module.load_state_dict(state)
 
 
 def _shape(tensor):
@@ -461,6 +463,11 @@ def _shape(tensor):
 def _listed(names, most=8):
     more = f" and {len(names) - most} more, {len(names)} in all" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _load_strictly(module, state, what):
+    _check_fits(module, state, what)
+    module.load_state_dict(state)
 
 
 def _build_head(in_dim, state, activation, path):

@@ -518,6 +518,8 @@ def build_run(args):
     lock = on_rank_zero(lock_folder, args.output_dir)
     earlier = find_earlier(args)
     batch_size = share_of_batch(args, earlier)
+    if batch_size * world_size() < 2:
+        raise UserError("--batch_size_per_gpu 1: batch norm needs at least 2 images per step, over all processes")
     images = data.open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size())
@@ -638,9 +640,12 @@ def open_val(args, images):
 
 def make_folder(folder):
     try:
+        str(folder).encode()
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
+    except ValueError:  # not UTF-8, or with a zero byte
+        raise UserError(f"--output_dir {str(folder)!a}: is no path") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output_dir {folder}: cannot be written to")
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 import zipfile
 from datetime import timedelta
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 # exit codes
 UNFINISHED = 75  # no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
@@ -168,10 +170,35 @@ def init_distributed(device="auto"):
     if world_size > 1 and device.type == "mps":
         raise UserError(f"--device mps: {world_size} processes were started, Apple's GPU serves one; use --device cpu")
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store, own_rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store = dist.PrefixStore(name_of_this_start(store, own_rank, size), store)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def name_of_this_start(store, own_rank, size):
+    """A name that all processes share, and no earlier start of theirs.
+
+    torchrun's store outlives a restart, with the addresses of the dead in it, and its count of restarts may differ
+    between nodes. So rank 0 makes the name up, and each process takes it once its own word is in the answer."""
+    word, deadline = uuid.uuid4().hex, time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    others = range(1, size)
+    if own_rank:
+        store.set(f"hello/{own_rank}", word)
+    while time.monotonic() < deadline:
+        if own_rank == 0:
+            store.set("welcome", ",".join([word, *(store.get(f"hello/{r}").decode() for r in others)]))
+            if all(store.check([f"thanks/{word}/{r}"]) for r in others):
+                return word
+        else:
+            name, *words = store.get("welcome").decode().split(",")
+            if word in words:
+                store.set(f"thanks/{name}/{own_rank}", "")
+                return name
+        time.sleep(0.05)
+    raise dist.DistStoreError("not all processes have come")
 
 
 def choose_device(name):
@@ -517,7 +544,7 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
             warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
-            refuse_compressed(path)
+            check_archive(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_tensors(state)
             return state
@@ -533,13 +560,18 @@ def load_checkpoint(path):
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
 
 
-def refuse_compressed(path):
-    """torch.save stores; a compressed member may be a thousand times as large in memory as in the file."""
+def check_archive(path):
+    """torch.save stores: a compressed member may be a thousand times as large in memory as in the file. torch.load does
+    not look at the checksums that torch.save writes: a flipped bit of a tensor would be trained on."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
         if packed:
             raise pickle.UnpicklingError(f"Unsupported: {packed[0]} is compressed")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # about 1 s per GB
+        if damaged:
+            raise ValueError(f"{damaged} is not what was written, by its checksum")
 
 
 def refuse_odd_tensors(state):

@@ -1,25 +1,14 @@
 """What tests of several modules share: a run of a function in several gloo processes."""
 
 import os
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from group import in_group
+
 torch.set_num_threads(1)  # two OpenMP threads on a busy host are many times slower than one
-
-
-def _in_group(rank, world_size, store, function, args, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    try:
-        results.put((rank, function(rank, *args), None))
-    except Exception:
-        results.put((rank, None, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -34,7 +23,7 @@ def run_in_processes(tmp_path):
         results = context.Queue()
         store = tmp_path / f"store_{len(os.listdir(tmp_path))}"
         workers = [
-            context.Process(target=_in_group, args=(r, world_size, store, function, args, results))
+            context.Process(target=in_group, args=(r, world_size, store, function, args, results))
             for r in range(world_size)
         ]
         for worker in workers:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from utils import (
     is_lost_peer,
     is_restart,
     load_checkpoint,
+    name_of_this_start,
     on_rank_zero,
     parameter_groups,
     save_checkpoint,
@@ -143,6 +145,19 @@ def refuse_on_rank_zero(rank, message):
 def test_what_rank_zero_refuses_all_refuse(run_in_processes):
     assert run_in_processes(refuse_on_rank_zero, "folder taken") == ["refused: folder taken"] * 2
     assert run_in_processes(refuse_on_rank_zero, None) == ["done", None]
+
+
+def meet(store, size):
+    """The names that `size` processes of one start agree on, as threads."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda r: name_of_this_start(store, r, size), reversed(range(size))))
+
+
+def test_every_start_has_a_name_of_its_own_though_the_store_remembers_the_last(tmp_path):
+    store = torch.distributed.HashStore()
+    first, second = meet(store, 3), meet(store, 3)
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+    assert meet(store, 1)[0] not in (first[0], second[0])
 
 
 def look_at_two_nodes(rank, root, seconds):
