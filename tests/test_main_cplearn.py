@@ -3,12 +3,9 @@
 import json
 import math
 import os
-import random
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ import main_cplearn
 from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
+from runs import assert_same_checkpoint, logged
 from utils import UserError, load_checkpoint
 
 ROOT = Path(main_cplearn.__file__).parent
@@ -74,43 +72,6 @@ def start(words, processes=1, **env):
 def finish(process, timeout=900):
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
-
-
-def wait_for_first_line(process):
-    for line in process.stdout:
-        if "images/s" in line:
-            return
-    pytest.fail("the run ended before its first logged step")
-
-
-def kill_tree(pid):
-    """SIGKILL a process and all its descendants: torchrun's workers have sessions of their own."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    os.kill(pid, signal.SIGKILL)
-    for child in children:
-        kill_tree(int(child))
-
-
-def tensors(state, prefix=""):
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {k: v for name, value in items for k, v in tensors(value, f"{prefix}.{name}").items()}
-
-
-def assert_same_checkpoint(a, b):
-    a, b = load_checkpoint(a), load_checkpoint(b)
-    assert a["step"] == b["step"] and a["recorder"] == b["recorder"]
-    ours, theirs = tensors(a), tensors(b)
-    assert ours.keys() == theirs.keys() and len(ours) > 100
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert different == []
-
-
-def logged(folder):
-    """The lines of log.txt without what the machine's speed decides."""
-    speed = ("images_per_s", "data_wait", "memory_mb")
-    return [{k: v for k, v in line.items() if k not in speed} for line in read_log(Path(folder) / "log.txt")]
 
 
 # ---- the main path ---------------------------------------------------------------------------------------------------
@@ -210,48 +171,6 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkey
     run(folder, tmp_path / "cut", num_workers=2)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_five_times_equals_undisturbed(folder, tmp_path, processes):
-    """SIGKILL at random moments, restarted with another number of workers each time."""
-    rng = random.Random(processes)
-    long = {"epochs": 20, "batch_size_per_gpu": BATCH // processes, "save_every_minutes": 0.01, "arch": "vit_tiny"}
-    code, output = finish(start(flags(folder, tmp_path / "whole", **long), processes))
-    assert code == 0, output
-    steps = []
-    for attempt in range(6):
-        process = start(flags(folder, tmp_path / "cut", num_workers=attempt % 3, **long), processes)
-        if attempt == 5:
-            code, output = finish(process)
-            assert code == 0, output
-            break
-        wait_for_first_line(process)
-        time.sleep(rng.uniform(0, 1.5))
-        kill_tree(process.pid)
-        process.communicate()
-        checkpoint = tmp_path / "cut" / "checkpoint.pth"
-        steps.append(load_checkpoint(checkpoint)["step"] if checkpoint.exists() else 0)
-    assert steps == sorted(steps) and 0 < steps[-1] < 20 * NUM_IMAGES // BATCH, steps
-    assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
-    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_saves_first(folder, tmp_path, number, processes):
-    process = start(flags(folder, tmp_path, epochs=1000, save_every_minutes=1000, batch_size_per_gpu=4), processes)
-    wait_for_first_line(process)
-    process.send_signal(number)  # torchrun hands it on as SIGTERM
-    code, output = finish(process)
-    assert "stopped by a signal at step" in output
-    assert 'main_cplearn.py", line' not in output  # torchrun shows a traceback, its own
-    if processes == 1:
-        assert code == 128 + number
-    step = load_checkpoint(tmp_path / "checkpoint.pth")["step"]
-    assert step >= 5 and f"stopped by a signal at step {step};" in output
 
 
 def losses(folder):
