@@ -127,7 +127,7 @@ def get_args_parser():
 @command_line
 def main(argv=None):
     args, words = get_args_parser().parse_known_args(argv)
-    check_flags(args, words)
+    check_flags(args)
     folder, tasks, runs = plan(args, words)
     if args.dry_run:
         print(describe(args, folder, tasks, runs))
@@ -141,7 +141,7 @@ def main(argv=None):
         report(folder, submit(args, folder, tasks, runs), tasks)
 
 
-def check_flags(args, words):
+def check_flags(args):
     for name in ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -153,8 +153,6 @@ def check_flags(args, words):
             f"--signal_delay_s {args.signal_delay_s}: expected at least 30 seconds, and less than --timeout's "
             f"{args.timeout or 'any'} minutes; saving takes time, and SLURM's clock is coarse"
         )
-    if args.cluster == "slurm" and "--no-resume" in words:
-        raise UserError("--no-resume: this job would start anew whenever it comes back; give another --output_dir")
     if args.cluster != "slurm" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone; expected 1")
 

@@ -156,7 +156,6 @@ def test_what_a_user_is_told(slurm, tmp_path, capsys):
         ("--max_requeues -1", "at least 0"),
         ("--signal_delay_s 20", "--signal_delay_s 20: expected at least 30 seconds"),
         ("--timeout 2", "--signal_delay_s 120: expected at least 30 seconds, and less than --timeout's 2 minutes"),
-        ("--no-resume", "--no-resume: this job would start anew"),
         ("--cluster local --nodes 2", "--nodes 2: --cluster local is this machine alone"),
     ],
 )
