@@ -258,8 +258,8 @@ class TrainLoader:
                 for batch in batches:
                     yield batch
                     done, deaths = done + 1, 0
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not is_of_dead_worker(error):
                     raise
                 deaths += 1
                 if deaths > MAX_DEATHS:
@@ -323,6 +323,13 @@ def hear_of_dead_workers_in_next_only():
     """PyTorch's handler of SIGCHLD raises its error wherever the main thread happens to be, in the middle of an update
     of the weights too. Without it `next(batches)` notices within five seconds."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def is_of_dead_worker(error):
+    """PyTorch's own error, or that of the connection by which a tensor was to come; but not what a worker raised."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return not str(error).startswith("Caught ")
 
 
 class EpochPlan:

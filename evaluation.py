@@ -155,6 +155,10 @@ def open_subjects(args, device):
     All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
     must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
     """
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size_per_gpu {args.batch_size}: expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     make_folder(args.output_dir, "--output_dir")
     make_folder(args.features_dir, "--features_dir")
     args.precision = features.choose_precision(args.precision, device)
@@ -201,7 +205,7 @@ def short_names(paths):
         raise UserError(f"--checkpoint names the same file twice: {' '.join(paths)}")
     if len(paths) == 1:
         return [paths[0]]
-    parts = [Path(path).parts for path in paths]
+    parts = [Path(path).parts or (".",) for path in paths]
     while len({p[-1] for p in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [p[:-1] for p in parts]
     while len({p[0] for p in parts}) == 1 and min(map(len, parts)) > 1:

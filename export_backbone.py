@@ -72,7 +72,7 @@ def main(argv=None):
         Path(path).stem.removeprefix("results_"): results_table(path, args.checkpoint, model) for path in args.results
     }
     card = model_card(model, config, checkpoint, tables, folder.name)
-    write_export(folder, model, config, card, device)
+    write_export(folder, model, config, card, device, args.checkpoint)
     print(f"{folder}: {config['architecture']}, {len(model.backbone.state_dict())} tensors")
 
 
@@ -246,7 +246,7 @@ def number_format(key, rows):
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def write_export(folder, model, config, card, device):
+def write_export(folder, model, config, card, device, checkpoint):
     """Everything beside `folder`, opened once by timm, then renamed: a folder that is there is whole."""
     aside = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -257,7 +257,7 @@ def write_export(folder, model, config, card, device):
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (aside / "README.md").write_text(card)
         if is_timm_s(model):
-            check_in_timm(aside, model.to(device), config, device)
+            check_in_timm(aside, model.to(device), config, device, checkpoint)
         os.replace(aside, folder)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}") from error
@@ -266,14 +266,17 @@ def write_export(folder, model, config, card, device):
 
 
 @torch.no_grad()
-def check_in_timm(folder, model, config, device):
+def check_in_timm(folder, model, config, device, checkpoint):
     """Raises UserError where timm's model gives other features than ours."""
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
     images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
     images = images.to(device)
     expected, found = model(images), theirs(images)
     if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-3, atol=1e-4):
-        raise UserError(f"timm {timm.__version__} builds another model from {config}; nothing was exported")
+        raise UserError(
+            f"{checkpoint}: timm {timm.__version__} builds another model from {config}, or the weights are not finite; "
+            "nothing was exported"
+        )
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, p
 from utils import (
     Agreement,
     ArgumentParser,
+    Stopped,
     UserError,
     all_gather_rows,
     command_line,
@@ -499,7 +500,7 @@ def stop(run, step, number):
     dist.barrier()  # SLURM ends all processes when the first one leaves: not while rank 0 writes
     run.log.say(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
-    raise SystemExit(128 + number)
+    raise Stopped(128 + number)
 
 
 def close(run):
@@ -613,6 +614,10 @@ def check_arguments(args, device):
                  "save_every_minutes", "watchdog_s", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number below 2^63")
+    if 0 < args.watchdog_s < 10:
+        raise UserError(f"--watchdog_s {args.watchdog_s:g}: expected 0 (never) or at least 10; a step takes its time")
 
 
 def check_crop_sizes(args, backbone):

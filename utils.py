@@ -28,9 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-# exit codes
-UNFINISHED = 75  # no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
-STOPPED = range(129, 160)  # 128 + the number of the signal that it heeded
+UNFINISHED = 75  # exit code: no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
@@ -52,6 +50,10 @@ class RunFailed(UserError):
     """Nothing was mistyped, and the run cannot go on: one line as well."""
 
     exit_code = 1
+
+
+class Stopped(SystemExit):
+    """By a signal, after saving: nothing is left to be done. code: 128 + the signal's number."""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -122,10 +124,8 @@ def command_line(main):
                 raise
             print_error(f"a peer is lost: {' '.join(str(error).split())[:200]}; its own log says why; start again")
             leave(UNFINISHED)  # the process group is broken: leaving it in order would wait for the dead
-        except SystemExit as ending:
-            if ending.code in STOPPED:
-                leave(ending.code)
-            raise
+        except Stopped as stopped:
+            leave(stopped.code)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -539,7 +539,11 @@ def load_checkpoint(path):
     Raises UserError for a file that is missing, truncated, or holds anything else.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long, not UTF-8
+        is_file = False
+    if not is_file:
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
