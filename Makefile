@@ -34,7 +34,7 @@ test: $(VENV)/.dev data ## install what the tests need and run them, two files a
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 gpu: $(VENV)/.dev ## on a GPU: test the CUDA kernels, then time them beside the other forms of the loss
-	$(RUN) -m pytest tests/test_triton_loss.py tests/test_main_cplearn.py -m "not slow" -k gpu -rs
+	$(RUN) -m pytest tests/test_triton_kernels.py tests/test_main_cplearn.py -m "not slow" -k gpu -rs
 	$(RUN) -m benchmarks.head --device cuda --num_codes 16384 131072 1048576 --output head_gpu.json --plot head_gpu.png
 
 lint: $(VENV)/.dev ## ruff: style, imports, likely mistakes

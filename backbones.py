@@ -4,7 +4,7 @@
     build_backbone("resnet8", img_size=32, width=256)         # the paper's CIFAR-100 backbone
     build_backbone("convnext_tiny")                           # any name that `timm.list_models()` prints
 
-No weights are loaded or downloaded here; `features.load_pretrained` reads files.
+No weights are loaded or downloaded here; `pretrained.load_pretrained` reads files.
 """
 
 import argparse

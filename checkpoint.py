@@ -9,27 +9,33 @@
 noise are functions of the step, so that the state at a step's end is all there is.
 """
 
+import argparse
 import contextlib
+import fcntl
+import importlib
 import itertools
 import math
 import os
+import pickle
 import reprlib
 import shutil
+import socket
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from utils import (
     RunFailed,
     UserError,
     commit,
     is_restart,
-    load_checkpoint,
     on_rank_zero,
     rank,
-    save_checkpoint,
-    wait_for_same_file,
     world_size,
 )
 
@@ -56,11 +62,11 @@ def save(run, step, stopping=False):
     except OSError as error:
         if stopping:
             raise RunFailed(f"step {step}: {error}") from None
-        run.log.say(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
+        run.log.print(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
         return False
 
 
-def at_rest(run, step):
+def buffers_before_step(run, step):
     """What the next step's forward pass will change before the optimizer changes the weights: the buffers.
 
     With it the state at `step` can still be saved when that pass is stuck. Only on a CPU: the host of a GPU is steps
@@ -73,14 +79,14 @@ def at_rest(run, step):
 
 def save_last_whole_step(run):
     """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others."""
-    if rank() != 0 or run.at_rest is None:
+    if rank() != 0 or run.buffers_before_step is None:
         return
-    step, buffers = run.at_rest
+    step, buffers = run.buffers_before_step
     with run.watch.paused():
         recorder = run.recorder.read_alone(run.may_overflow)
         run.log.flush(to_disk=True)
         save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
-    run.log.say(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
+    run.log.print(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
 
 
 def checkpoint_state(run, step, buffers=None, recorder=None):
@@ -256,3 +262,174 @@ def set_aside(folder):
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder / name, folder / f"{name}.old{number}")
+
+
+# ---- files: plain data, written whole or not at all ------------------------------------------------------------------
+
+
+def save_checkpoint(state, path):
+    """Write `state` beside `path`, force it to disk, then rename: at any moment `path` is a whole checkpoint.
+
+    Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
+    """
+    try:
+        with replace_file(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
+        raise OSError(f"{path}: could not be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """Yields a binary file beside `path`, which takes its place, forced to disk, if nothing is raised: at any moment
+    `path` is the old file or the new one, whole."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _fsync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _fsync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder, flag="--output_dir"):
+    """Hold `folder` for this process alone: returns an open file, and the lock lasts until it is closed.
+
+    A POSIX record lock: the kernel drops it when its holder dies, however it dies, children do not inherit it, and
+    NFS and Lustre carry it between nodes. Raises UserError if another process holds it or the folder is read-only."""
+    path = Path(folder) / ".lock"
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (closing it would let the lock go)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
+        file.seek(0)
+        raise UserError(
+            f"{flag} {folder}: another run is writing to it ({file.read(200).strip()}); wait for its end or give "
+            "another folder"
+        ) from None
+    except OSError as error:
+        print(f"warning: {folder} is on a file system without locks ({error.strerror}); start no second run on it")
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}\n")
+    file.flush()
+    return file
+
+
+def wait_for_same_file(path, seconds=90):
+    """Return when all processes see the file at `path` that rank 0 sees, or none: a network file system may show it to
+    another node a minute late. Raises UserError if that does not come."""
+    if world_size() == 1:
+        return
+    theirs = [_size_and_time(path)]
+    dist.broadcast_object_list(theirs)
+    for _ in range(seconds):
+        if _size_and_time(path) == theirs[0]:
+            return
+        time.sleep(1)
+    raise UserError(f"{path}: rank 0 sees another file; expected a folder on a file system that all nodes share")
+
+
+def _size_and_time(path):
+    try:
+        os.listdir(Path(path).parent)  # makes NFS look again
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def load_checkpoint(path):
+    """Load a checkpoint that holds plain data only; nothing in the file is ever executed.
+
+    Besides tensors and plain Python, exactly the harmless types of DINO's training files are admitted:
+    argparse.Namespace, numpy scalars and dtypes, pathlib paths. Returns the object on CPU.
+    Raises UserError for a file that is missing, truncated, or holds anything else.
+    """
+    path = Path(path)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long, not UTF-8
+        is_file = False
+    if not is_file:
+        raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
+            warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
+            check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_odd_tensors(state)
+            return state
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        at = reason.find("Unsupported")
+        raise UserError(f"{path}: refused, it holds more than plain data: {reason[max(0, at) :][:160]}") from None
+    except MemoryError:
+        raise UserError(f"{path}: refused, it asks for more memory than there is; is it damaged?") from None
+    except Exception as error:  # a damaged file fails in many ways, none of them ours to list
+        reason = " ".join(str(error).split())[:160]
+        whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
+
+
+def check_archive(path):
+    """torch.save stores: a compressed member may be a thousand times as large in memory as in the file. torch.load does
+    not look at the checksums that torch.save writes: a flipped bit of a tensor would be trained on."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise pickle.UnpicklingError(f"Unsupported: {packed[0]} is compressed")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # about 1 s per GB
+        if damaged:
+            raise ValueError(f"{damaged} is not what was written, by its checksum")
+
+
+def refuse_odd_tensors(state):
+    """A few bytes may describe a tensor of terabytes: by strides of 0, without data (meta), or sparsely."""
+    todo, seen = [state], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:  # a list may be in itself
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.layout} on {value.device}")
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.nbytes} bytes where fewer are stored")
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+
+
+def _harmless_types():
+    numpy_core = importlib.import_module("numpy._core.multiarray")
+    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
+    paths = [importlib.import_module("pathlib").PosixPath, importlib.import_module("pathlib").PurePosixPath]
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *dtypes,
+        (numpy_core.scalar, "numpy.core.multiarray.scalar"),  # the name in files of numpy 1
+        numpy_core.scalar,
+        *paths,
+    ]

@@ -6,6 +6,7 @@ Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised L
     n images per process that the temperature is made for (fixed when the head is built)     losses in nats
 """
 
+import argparse
 import math
 from functools import partial
 
@@ -13,10 +14,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dictionary import Dictionary, pack_codes, rademacher_codes, unpack_codes  # noqa: F401
-from fused_loss import check_loss_inputs, fused_cplearn_loss, highest_over_processes, prior_loss
-from hadamard import HadamardDictionary
-from utils import Objective, SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, rank, world_size
+from dictionary import (  # noqa: F401 (some are imported from here)
+    STORAGES,
+    Dictionary,
+    HadamardDictionary,
+    nearest_code,
+    pack_codes,
+    rademacher_codes,
+    unpack_codes,
+)
+from monitor import within_code_variance
+from objective import Objective
+from utils import SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 ACTIVATIONS = ("l2", "tanh")
 DICTIONARIES = {"rademacher": Dictionary, "hadamard": HadamardDictionary}
@@ -66,7 +75,7 @@ class CPLearnHead(nn.Module):
     in_dim: D.  out_dim: K, fewer than 1 / eps.  proj_dim: F, by default D.
     batch_size: n, the images in one process's batch; it sets tau once, tau is stored with the weights, and no later
     batch size changes a logit. With l2, n cancels.
-    seed, dictionary, storage, shard: of the codes, see dictionary.py and hadamard.py.
+    seed, dictionary, storage, shard: of the codes, see dictionary.py.
     Everything runs in the parameters' dtype (float32), outside autocast.
     The state dict holds the dictionary's kind and seed, and its F * K / 8 bytes of bits where they are stored here.
     Raises UserError for sizes that cannot be.
@@ -130,7 +139,7 @@ class CPLearnHead(nn.Module):
     # the dictionary travels as bits or as its seed, and with it what the logits depend on
 
     @classmethod
-    def of_state(cls, in_dim, state, activation):
+    def from_state_dict(cls, in_dim, state, activation):
         """A head for a state dict, of the sizes and with the dictionary that it tells; the weights are not loaded."""
         num_codes, kind = int(state["scale"][2]), list(DICTIONARIES)[int(state["seed"][0])]
         stored = state.get("codes")
@@ -265,63 +274,11 @@ class CPLearn(Objective):
         ]
 
 
-def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademacher", sharded=False):
-    """The form of the loss that runs: (head_impl without "auto", function with `cplearn_loss`'s arguments).
-
-    head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
-    million logits or more, which saves memory and, but for float32 near that size, time (benchmarks/README.md); else
-    dense. The Triton kernels were never run on a GPU: they are taken only when asked for.
-    bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
-    Raises UserError for a form that cannot run here.
-    """
-    if head_impl == "auto":
-        head_impl = "tiled" if sharded or (device.type == "cpu" and num_logits >= 2**20) else "dense"
-    if head_impl == "dense" and sharded:
-        raise UserError("--head_impl dense: --shard_codes needs tiled or triton")
-    if head_impl == "triton" and (device.type != "cuda" or dictionary != "rademacher"):
-        raise UserError(f"--head_impl triton: on {device.type} with --dictionary {dictionary}; "
-                        "it needs a GPU and rademacher, use tiled")  # fmt: skip
-    if head_impl == "dense":
-        return head_impl, cplearn_loss
-    compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
-    return head_impl, partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)
-
-
 def describe_loss(loss_function):
     if loss_function is cplearn_loss:
         return "dense, float32"
     settings = loss_function.keywords
     return f"{settings['impl']}, products in {str(settings['compute_dtype']).removeprefix('torch.')}, sums in float32"
-
-
-@torch.no_grad()
-def nearest_code(h, codes, tile=4096):
-    """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory.
-
-    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h."""
-    codes = Dictionary.of(codes)
-    best = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
-    nearest = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-    for start in range(0, codes.shape[1], tile):
-        with torch.autocast(h.device.type, enabled=False):
-            score, k = (h @ codes.tile(start, min(start + tile, codes.shape[1])).to(h.dtype)).max(dim=1)
-        nearest = torch.where(score > best, k + (codes.first + start), nearest)
-        best = torch.maximum(score, best)
-    return highest_over_processes(best, nearest) if codes.sharded else nearest
-
-
-def within_code_variance(features, codes):
-    """Variance of features (N, D) among rows that share a code (N,), over the variance among all rows; float.
-
-    Both unbiased, so 1 means that codes say nothing about features and 0 that a code's images coincide. NaN where no
-    two rows share a code."""
-    _, group, count = codes.unique(return_inverse=True, return_counts=True)
-    features = features.float()
-    sums = torch.zeros(len(count), features.shape[1], device=features.device).index_add_(0, group, features)
-    within = (features - (sums / count[:, None])[group]).square().sum()
-    total = (features - features.mean(dim=0)).square().sum()
-    freedom = len(features) - len(count)
-    return float(within / freedom / (total / (len(features) - 1))) if freedom > 0 and total > 0 else math.nan
 
 
 # ---- constants of the method -----------------------------------------------------------------------------------------
@@ -355,3 +312,76 @@ def loss_lower_bound(num_codes, beta, prior="kl", eps=1e-8):
 def prior_floor(num_codes, num_images, prior="kl"):
     """Least prior of one batch of N images with hard codes: log(K / N) for "kl" while N < K; log K for "ce"."""
     return math.log(num_codes) if prior == "ce" else max(0.0, math.log(num_codes / num_images))
+
+
+def add_method_arguments(parser):
+    add = parser.add_argument_group("method").add_argument
+    add("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
+    add("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
+    add(
+        "--activation",
+        choices=ACTIVATIONS,
+        default="l2",
+        help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh: the paper's experiments",
+    )
+    add("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
+    add("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
+    add(
+        "--prior_scope",
+        choices=("global", "local"),
+        default="global",
+        help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
+    )
+    add(
+        "--head_impl",
+        choices=HEAD_IMPLS,
+        default="auto",
+        help="form of the loss: dense (with B x K arrays), or without such arrays tiled (by matrix products) or triton "
+        "(CUDA kernels, never run on a GPU yet); auto: the one that wins, said at the start",
+    )
+    add(
+        "--dictionary",
+        choices=list(DICTIONARIES),
+        default="rademacher",
+        help="random signs as in the paper; hadamard: orthogonal blocks of F codes, a fast transform on CPUs",
+    )
+    add(
+        "--codes_storage",
+        choices=STORAGES,
+        default="int8",
+        help="of random signs: F K bytes of memory, an eighth as bits, or the seed alone, hashed where it is used",
+    )
+    add(
+        "--shard_codes",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each process holds its share of the codes and sees all images: for K of millions",
+    )
+    add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
+
+
+PRIORS = ("kl", "ce")
+
+
+def prior_loss(mean_probs, prior, num_codes=None):
+    """Distance of the mean prediction (K,) from uniform: KL(pbar || uniform) or CE(uniform, pbar), in nats.
+
+    num_codes: K, where mean_probs is only a part of the mean prediction; then the part's share of the distance."""
+    num_codes = num_codes or mean_probs.numel()
+    # float32 probabilities underflow to 0 with tanh's unbounded logits; log of the smallest normal number stands in
+    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
+    if prior == "kl":
+        return (mean_probs * (log_mean + math.log(num_codes))).sum()
+    return -log_mean.sum() / num_codes
+
+
+def check_loss_inputs(views, codes, prior, num_global):
+    """Raises ValueError for views and codes that no form of the loss can take."""
+    if prior not in PRIORS:
+        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}")
+    if len(views) < 2 or not 1 <= num_global <= len(views):
+        raise ValueError(f"{len(views)} views with {num_global} global; expected at least 2 views, 1 of them global")
+    for h in views:
+        if h.shape != views[0].shape or h.shape[1] != codes.shape[0]:
+            raise ValueError(f"views have shapes {[tuple(h.shape) for h in views]}, codes {tuple(codes.shape)}; "
+                             "expected (B, F) each, and codes (F, K)")  # fmt: skip

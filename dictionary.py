@@ -3,6 +3,11 @@
 Codes are a pure function of (F, K, seed): bit k % 32 of a 32-bit hash of (seed, row, k // 32). Any part of a dictionary
 can so be computed alone, and is the same on CPU, in a Triton kernel, and with any version of torch (tests hold known
 answers). K codes of width F take F K bytes as int8, F K / 8 as bits, none as a seed.
+
+A Hadamard dictionary has blocks of F orthogonal codes, W_b = diag(signs_b) H with H H^T = F I and random signs, the
+last block cut; with K = F, W^T W = F I, as Theorem 1 of the paper assumes.
+
+    F head width, K codes, n blocks
 """
 
 import functools
@@ -10,6 +15,7 @@ import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 STORAGES = ("int8", "bits", "seed")
@@ -191,3 +197,122 @@ def _words_of(packed):
     """(F, ceil(K / 8)) uint8 -> (F, ceil(K / 32)) int32; missing bytes are zero."""
     missing = -packed.shape[1] % 4
     return nn.functional.pad(packed, (0, missing)).contiguous().view(torch.int32)
+
+
+@torch.no_grad()
+def nearest_code(h, codes, tile=4096):
+    """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory.
+
+    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h."""
+    codes = Dictionary.of(codes)
+    best = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
+    nearest = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+    for start in range(0, codes.shape[1], tile):
+        with torch.autocast(h.device.type, enabled=False):
+            score, k = (h @ codes.tile(start, min(start + tile, codes.shape[1])).to(h.dtype)).max(dim=1)
+        nearest = torch.where(score > best, k + (codes.first + start), nearest)
+        best = torch.maximum(score, best)
+    return highest_over_processes(best, nearest) if codes.sharded else nearest
+
+
+def highest_over_processes(score, index):
+    """The index (B,) int64 that belongs to the highest score (B,) of any process; the least among equals."""
+    highest = score.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    index = torch.where(score == highest, index, torch.iinfo(index.dtype).max)
+    dist.all_reduce(index, dist.ReduceOp.MIN)
+    return index
+
+
+# ---- orthogonal codes: Hadamard's matrix and a dictionary of its blocks ----------------------------------------------
+
+PALEY_PRIMES = {12: 11, 20: 19, 28: 13}  # order 28 by the second construction: 2 (13 + 1)
+SIGNS_SALT = 0x48414441  # the blocks' signs are not the first rows of a Rademacher dictionary of the same seed
+
+
+def hadamard_matrix(order):
+    """H (order, order) int8 of -1 and +1 with H H^T = order * I, its first row ones.
+
+    order: 2^m times 1, 12, 20 or 28. Raises ValueError for any other, and names the nearest two.
+    Sylvester's construction, and Paley's for 12, 20 and 28 (J. Math. Phys. 12, 1933).
+    """
+    base = base_order(order)
+    matrix = np.ones((1, 1), dtype=np.int8) if base == 1 else _paley(base)
+    sylvester = np.ones((1, 1), dtype=np.int8)
+    while len(sylvester) < order // base:
+        sylvester = np.kron(np.array([[1, 1], [1, -1]], dtype=np.int8), sylvester)
+    return torch.from_numpy(np.kron(matrix, sylvester))
+
+
+def base_order(order):
+    """1, 12, 20 or 28: what Sylvester's construction leaves of `order`. Raises ValueError as `hadamard_matrix`."""
+    known = {base * 2**m: base for base in (1, *PALEY_PRIMES) for m in range(24)}
+    if order not in known:
+        below, above = max(n for n in (1, *known) if n <= max(order, 1)), min(n for n in known if n > order)
+        raise ValueError(f"no Hadamard matrix of order {order} here; the nearest orders are {below} and {above}")
+    return known[order]
+
+
+def _paley(order):
+    prime = PALEY_PRIMES[order]
+    squares = {i * i % prime for i in range(1, prime)}
+    residue = np.array([0] + [1 if i in squares else -1 for i in range(1, prime)])  # Legendre's symbol
+    conference = np.zeros((prime + 1, prime + 1), dtype=int)
+    conference[1:, 1:] = residue[np.subtract.outer(range(prime), range(prime)) % prime]
+    conference[0, 1:] = 1
+    if order == prime + 1:  # prime = 3 mod 4: conference is skew
+        conference[1:, 0] = -1
+        matrix = conference + np.eye(order, dtype=int)
+    else:  # prime = 1 mod 4: symmetric
+        conference[1:, 0] = 1
+        matrix = np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(prime + 1, dtype=int), [[1, -1], [-1, -1]])
+    return (matrix * matrix[0]).astype(np.int8)
+
+
+def block_signs(dim, num_blocks, seed=0, first_block=0):
+    """(num_blocks, dim) int8 of -1 and +1, of blocks first_block and on: a pure function of its arguments.
+
+    The hash of (seed, row, block) that gives `rademacher_codes`, of which a block takes one code.
+    """
+    before = first_block % WORD
+    columns = rademacher_codes(dim, before + num_blocks, seed ^ SIGNS_SALT, first_block - before)
+    return columns[:, before:].T.contiguous()
+
+
+class HadamardDictionary(Dictionary):
+    """Blocks of F codes, each a Hadamard matrix whose rows have random signs: `Dictionary`, but for what it keeps.
+
+    data: the signs, (n, F) int8, one per code. storage has no other form of them: only its default is accepted.
+    shard: more than one needs K divisible by F x shards.
+    """
+
+    kind = "hadamard"
+
+    def __init__(self, dim, num_codes, seed=0, storage="int8", shard=(0, 1)):
+        base_order(dim)
+        if storage != "int8":
+            raise ValueError(f"storage is {storage!r}; a Hadamard dictionary keeps one int8 per code, and has no other")
+        super().__init__(dim, num_codes, seed, storage, shard)
+
+    @staticmethod
+    def indivisible(dim):
+        return dim
+
+    def fill(self, packed=None):
+        dim, num_codes = self.shape
+        self.data = block_signs(dim, math.ceil(num_codes / dim), self.seed, self.first // dim).to(self.device)
+
+    def tile(self, start, stop):
+        return self.columns(torch.arange(start, stop, device=self.device))
+
+    def columns(self, index):
+        dim = self.shape[0]
+        return self.data[index // dim].T * _matrix_on(self.device, dim)[:, index % dim]
+
+    def travels_as_bits(self):
+        return False
+
+
+@functools.lru_cache(maxsize=4)
+def _matrix_on(device, order):
+    return hadamard_matrix(order).to(device)

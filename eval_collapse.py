@@ -16,12 +16,11 @@ import sys
 
 import torch
 
-import collapse
-import collapse_figures
 import evaluation
 import utils
-from cplearn_head import CPLearnHead, within_code_variance
-from monitor import feature_statistics, rankme
+from cplearn_head import CPLearnHead
+from evaluation import collapse, collapse_figures
+from monitor import feature_statistics, rankme, within_code_variance
 from utils import UserError
 
 RANKME_ROWS = 25_600  # as in RankMe's paper, section 3.1
@@ -73,25 +72,25 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     check_flags(args)
     device = utils.init_distributed(args.device)
-    subjects = [subject for subject in evaluation.open_subjects(args, device) if narrow_enough(subject)]
-    images = evaluation.open_images(subjects, args.split)
+    models = [evaluated for evaluated in evaluation.open_models(args, device) if narrow_enough(evaluated)]
+    images = evaluation.open_images(models, args.split)
     if len(images) < MIN_IMAGES:
         raise UserError(f"--split {args.split} has {len(images)} images; expected at least {MIN_IMAGES}")
     rows, curves, pictures = [], {}, {}
-    for subject, (features, codes) in evaluation.extract_all(subjects, images):
-        row, curves[subject.name], pictures[subject.name] = analyse(subject, features, codes, args)
-        rows.append({"checkpoint": subject.name} | row)
+    for evaluated, (features, codes) in evaluation.extract_all(models, images):
+        row, curves[evaluated.name], pictures[evaluated.name] = analyse(evaluated, features, codes, args)
+        rows.append({"checkpoint": evaluated.name} | row)
     if not rows:
         return  # not the first process
-    report(rows, curves, args, subjects, num_images=len(images))
+    report(rows, curves, args, models, num_images=len(images))
     if args.output_dir is not None:
         collapse_figures.draw_all(args.output_dir, curves, pictures, images)
 
 
-def analyse(subject, features, codes, args):
+def analyse(evaluated, features, codes, args):
     """(row of the table, curves for JSON and figures, arrays for pictures) of one model."""
-    head = subject.model.head
-    row, curves, tight = analyse_features(features, args)
+    head = evaluated.model.head
+    row, curves, tightness = analyse_features(features, args)
     sample = collapse.some_indices(len(features), collapse_figures.ADJACENCY_ROWS, args.seed)
     pictures = {"rows": sample, "vectors": features[sample], "of": "features", "codes": None}
     usage = invariance = None
@@ -101,12 +100,12 @@ def analyse(subject, features, codes, args):
         within_code = within_code_variance(features, codes)
         row |= usage | {"within_code": None if math.isnan(within_code) else within_code}
         some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
-        tight.append(collapse.tightness(features[some], codes[some]))
+        tightness.append(collapse.tightness(features[some], codes[some]))
         pictures["codes"] = codes[sample]
     if isinstance(head, CPLearnHead):
-        device = subject.device if subject.device.type == "cuda" else torch.device("cpu")  # mps has no float64
+        device = evaluated.device if evaluated.device.type == "cuda" else torch.device("cpu")  # mps has no float64
         h = collapse.embed(head, features, device)
-        of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, subject, args, device)
+        of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, evaluated, args, device)
         row |= of_theory
         invariance = row["invariance"]
         pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
@@ -115,7 +114,7 @@ def analyse(subject, features, codes, args):
     if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
         positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
-    row |= verdicts(row, curves["spectrum"], tight, usage, len(features), invariance)
+    row |= verdicts(row, curves["spectrum"], tightness, usage, len(features), invariance)
     return row, curves, pictures
 
 
@@ -132,27 +131,27 @@ def analyse_features(features, args):
         "cosine_mean": cosine["mean"],
         "cosine_std": cosine["std"],
     }
-    mixtures, tight = [], []
+    mixtures, tightness = [], []
     sample = collapse.some_rows(features, args.gmm_samples, args.seed)
     for components in chosen_components(args, len(sample)) if row["spread"] > SAME else []:
         numbers, groups = collapse.mixture_entropy(sample, components, args.seed)
-        tight.append(collapse.tightness(sample, groups, eigenvalues))
+        tightness.append(collapse.tightness(sample, groups, eigenvalues))
         mixtures.append(numbers)
     if mixtures:
         row |= mixtures[-1]  # of the most components
     curves = {"spectrum": eigenvalues.tolist(), "cosine_density": cosine["density"], "mixtures": mixtures}
-    return row, curves, tight
+    return row, curves, tightness
 
 
-def analyse_embeddings(h, codes, subject, args, device):
+def analyse_embeddings(h, codes, evaluated, args, device):
     """(row, eigenvalues of the covariance of h, arrays for pictures): what the theory says of h (N, F)."""
-    head = subject.model.head
+    head = evaluated.model.head
     aligned = collapse.alignment(h, codes, head.dictionary, args.seed)
     moment = collapse.second_moment(h)
     blocks = collapse.block_cosines(h, codes, args.seed)
-    settings = {name: subject.model.settings.get(name) or value for name, value in ASSUMED.items()}
-    if any(subject.model.settings.get(name) is None for name in ASSUMED):
-        note(f"{subject.name} does not say its beta and prior: the gap is for {settings}")
+    settings = {name: evaluated.model.settings.get(name) or value for name, value in ASSUMED.items()}
+    if any(evaluated.model.settings.get(name) is None for name in ASSUMED):
+        note(f"{evaluated.name} does not say its beta and prior: the gap is for {settings}")
     of_loss = collapse.certificate(h, head.codes.to(device), head.tau, **settings, eps=smallest_probability(head))
     row = {
         "alignment": aligned["mean"],
@@ -179,22 +178,22 @@ def count_codes(head):
     return head.dictionary.num_codes if isinstance(head, CPLearnHead) else len(head.last_layer.weight_v)
 
 
-def verdicts(row, eigenvalues, tight, usage, num_images, invariance):
-    tight = min((t for t in tight if not math.isnan(t)), default=math.nan)  # the grouping that shows it best
+def verdicts(row, eigenvalues, tightness, usage, num_images, invariance):
+    tightness = min((t for t in tightness if not math.isnan(t)), default=math.nan)  # the grouping that shows it best
     eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
-    sentences, found = collapse.judge(row, eigenvalues, tight, usage, num_images, invariance)
-    return {"tightness": finite(tight), "verdict": ", ".join(found) or "none", "verdicts": sentences}
+    sentences, found = collapse.judge(row, eigenvalues, tightness, usage, num_images, invariance)
+    return {"tightness": finite(tightness), "verdict": ", ".join(found) or "none", "verdicts": sentences}
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
-def report(rows, curves, args, subjects, num_images):
+def report(rows, curves, args, models, num_images):
     components = max((row.get("components", 0) for row in rows), default=0)
     title = f"entropy, {components} comp. (nats)" if components else "entropy (nats)"
     columns = COLUMNS | {"entropy": (title, ".1f")}
     notes = ["\n".join([row["checkpoint"], "", *verdict_lines(row)]) for row in rows]
-    evaluation.report("collapse", rows, columns, args, subjects, notes, curves=curves, num_images=num_images)
+    evaluation.report("collapse", rows, columns, args, models, notes, curves=curves, num_images=num_images)
 
 
 def verdict_lines(row):
@@ -237,10 +236,10 @@ def chosen_components(args, num_samples):
     return chosen
 
 
-def narrow_enough(subject):
-    width = subject.model.embed_dim
+def narrow_enough(evaluated):
+    width = evaluated.model.embed_dim
     if width > MAX_WIDTH:
-        note(f"{subject.name} left out: {width} features; these analyses take up to {MAX_WIDTH}")
+        note(f"{evaluated.name} left out: {width} features; these analyses take up to {MAX_WIDTH}")
     return width <= MAX_WIDTH
 
 

@@ -31,12 +31,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import data
 import evaluation
 import utils
 from augmentation import make_crop_recipe
-from features import PRECISIONS
-from linear_probe import (
+from evaluation.linear_probe import (
     EPOCHS,
     LRS,
     RANKED,
@@ -48,7 +48,7 @@ from linear_probe import (
     rank_classes,
     scores,
 )
-from utils import UserError
+from utils import PRECISIONS, UserError
 from vision_transformer import VisionTransformer
 
 # what each protocol takes, and its defaults
@@ -133,21 +133,21 @@ def listed(values):
 def main(argv=None):
     args = resolve_protocol(get_args_parser().parse_args(argv))
     device = utils.init_distributed(args.device)
-    subjects = evaluation.open_subjects(args, device)
-    for subject in subjects:
-        choose_features(subject)
+    models = evaluation.open_models(args, device)
+    for evaluated in models:
+        choose_features(evaluated)
     if args.evaluate:
-        val_images = evaluation.open_images(subjects, "val", "a linear classifier")
-        found = [score_head(subject, val_images, subjects) for subject in subjects]
+        val_images = evaluation.open_images(models, "val", "a linear classifier")
+        found = [score_head(evaluated, val_images, models) for evaluated in models]
     else:
-        train_images, val_images = evaluation.open_train_and_val(subjects, "a linear classifier")
+        train_images, val_images = evaluation.open_train_and_val(models, "a linear classifier")
         if args.protocol == "dino":
-            found = [train_with_crops(subject, train_images, val_images, subjects) for subject in subjects]
+            found = [train_with_crops(evaluated, train_images, val_images, models) for evaluated in models]
         else:
-            matrices = evaluation.extract_all(subjects, train_images, val_images)
+            matrices = evaluation.extract_all(models, train_images, val_images)
             found = [fit_to_features(*each, train_images) for each in matrices]
     if utils.rank() == 0:
-        show(found, subjects, val_images, args)
+        show(found, models, val_images, args)
 
 
 def resolve_protocol(args):
@@ -170,37 +170,37 @@ def resolve_protocol(args):
     return args
 
 
-def choose_features(subject):
-    """Make the subject's model one that gives the features to classify."""
-    args, model = subject.args, subject.model
+def choose_features(evaluated):
+    """Make the model's model one that gives the features to classify."""
+    args, model = evaluated.args, evaluated.model
     if args.n_last_blocks is None:
         is_vit = isinstance(model.backbone, VisionTransformer)
         args.n_last_blocks = 4 if args.protocol == "dino" and is_vit and not args.avgpool_patchtokens else 1
     if (args.n_last_blocks, args.avgpool_patchtokens) != (1, False):
-        subject.model = model.with_last_blocks(args.n_last_blocks, args.avgpool_patchtokens)
+        evaluated.model = model.with_last_blocks(args.n_last_blocks, args.avgpool_patchtokens)
 
 
 # ---- fast and adam: a classifier on a matrix of features -------------------------------------------------------------
 
 
-def fit_to_features(subject, train, val, train_images):
+def fit_to_features(evaluated, train, val, train_images):
     """train, val: (features, codes). Returns a row of the table, and the ranked classes of the validation images."""
-    args, num_classes = subject.args, len(train_images.classes)
-    given = {"seed": args.seed, "device": subject.device}
+    args, num_classes = evaluated.args, len(train_images.classes)
+    given = {"seed": args.seed, "device": evaluated.device}
     if args.protocol == "fast":
         fit = fit_selected(
             train[0], train_images.labels, num_classes, args.lrs, args.weight_decays, args.epochs, **given
         )
     else:
         fit = fit_adam(train[0], train_images.labels, num_classes, args.epochs, args.lr, **given)
-    ranked = predict(val[0], fit.classifier, subject.device)
+    ranked = predict(val[0], fit.classifier, evaluated.device)
     return fit.settings | {"num_features": train[0].shape[1], "warnings": fit.warnings}, ranked
 
 
 # ---- dino: a classifier on features of new crops in every epoch ------------------------------------------------------
 
 
-def train_with_crops(subject, train_images, val_images, subjects):
+def train_with_crops(evaluated, train_images, val_images, models):
     """DINO's protocol: SGD with momentum 0.9 and no weight decay on CE(head(features of a crop), label), the learning
     rate lr * (images per step) / 256, from epoch to epoch along a cosine to 0; the backbone does not learn.
 
@@ -211,33 +211,38 @@ def train_with_crops(subject, train_images, val_images, subjects):
     does. Raises UserError where those that are there are of a run with other settings.
     Returns as `fit_to_features`.
     """
-    args, labels = subject.args, torch.as_tensor(train_images.labels)
-    run = HeadRun(subject, head_folder(subject, subjects), count_labels(args, val_images), train_images.fingerprint)
+    args, labels = evaluated.args, torch.as_tensor(train_images.labels)
+    run = HeadRun(evaluated, head_folder(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
     run.resume()
     loader = data.TrainLoader(
         train_images, args, args.batch_size, utils.rank(), utils.world_size(), recipe=make_crop_recipe(args)
     )
-    subject.model.to(subject.device)
+    evaluated.model.to(evaluated.device)
     ranked = None
     while run.epoch < args.epochs:
         line = {"epoch": run.epoch, "train_lr": run.lr(), "train_loss": train_one_epoch(run, loader, labels)}
         if run.epoch % args.val_freq == 0 or run.epoch == args.epochs - 1:
-            ranked, loss = score_images(subject, run.head, val_images)
+            ranked, loss = score_images(evaluated, run.head, val_images)
             line |= log_scores(ranked, loss, val_images)
         run.finish_epoch(line)
     if ranked is None:  # nothing was left to train
-        ranked, _ = score_images(subject, run.head, val_images)
-    subject.model.cpu()  # room for the next one
-    row = {"num_features": subject.model.embed_dim, "epochs": args.epochs, "lr": args.lr, "best_test_top1": run.best()}
+        ranked, _ = score_images(evaluated, run.head, val_images)
+    evaluated.model.cpu()  # room for the next one
+    row = {
+        "num_features": evaluated.model.embed_dim,
+        "epochs": args.epochs,
+        "lr": args.lr,
+        "best_test_top1": run.best(),
+    }
     return row, ranked
 
 
 def train_one_epoch(run, loader, labels):
     """Returns the mean loss of the epoch's images, over all processes, in nats."""
-    device, total = run.subject.device, 0.0
+    device, total = run.evaluated.device, 0.0
     for batch in loader.epoch(run.epoch):
         (images,) = loader.augment(batch, device)  # (B, C, h, w)
-        features = forward_frozen(run.subject, images)  # (B, D)
+        features = forward_frozen(run.evaluated, images)  # (B, D)
         loss = F.cross_entropy(run.head(features), labels[torch.from_numpy(batch.indices)].to(device))
         run.optimizer.zero_grad()
         loss.backward()
@@ -252,16 +257,16 @@ def train_one_epoch(run, loader, labels):
 
 
 @torch.no_grad()
-def forward_frozen(subject, images):
-    dtype = PRECISIONS[subject.args.precision]
+def forward_frozen(evaluated, images):
+    dtype = PRECISIONS[evaluated.args.precision]
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-        return subject.model(images).float()
+        return evaluated.model(images).float()
 
 
 @torch.no_grad()
-def score_images(subject, head, images):
+def score_images(evaluated, head, images):
     """Every image once, over all processes. Returns ranked classes (N, min(5, C)) int64 and the mean loss in nats."""
-    args, labels = subject.args, torch.as_tensor(images.labels)
+    args, labels = evaluated.args, torch.as_tensor(images.labels)
     batches = data.eval_batches(
         images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
         rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
@@ -269,7 +274,7 @@ def score_images(subject, head, images):
     ranked = torch.zeros(len(images), min(RANKED, head.out_features), dtype=torch.int64)
     total = torch.zeros((), dtype=torch.float64)
     for indices, x in batches:
-        logits = head(forward_frozen(subject, x.to(subject.device))).cpu()
+        logits = head(forward_frozen(evaluated, x.to(evaluated.device))).cpu()
         ranked[indices] = rank_classes(logits)
         total += F.cross_entropy(logits, labels[indices], reduction="sum")
     dist.all_reduce(ranked)  # each image is one process's, and zero on the others
@@ -286,10 +291,10 @@ class HeadRun:
     """A linear head in training: .head, .optimizer, .scheduler, .epoch (those done), .log (a dict for each of them),
     and .folder, where they are kept, or None."""
 
-    def __init__(self, subject, folder, num_labels, images):
-        args = self.args = subject.args
-        self.subject, self.folder = subject, folder
-        self.head = new_head(subject.model.embed_dim, num_labels, args.seed).to(subject.device)
+    def __init__(self, evaluated, folder, num_labels, images):
+        args = self.args = evaluated.args
+        self.evaluated, self.folder = evaluated, folder
+        self.head = new_head(evaluated.model.embed_dim, num_labels, args.seed).to(evaluated.device)
         images_per_step = args.batch_size * utils.world_size()
         self.optimizer = torch.optim.SGD(self.head.parameters(), args.lr * images_per_step / 256, momentum=0.9)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
@@ -297,7 +302,7 @@ class HeadRun:
         names = ("epochs", "lr", "seed", "n_last_blocks", "avgpool_patchtokens", "precision", "img_size", "in_chans")
         self.settings = {name: getattr(args, name) for name in names}
         self.settings |= {"images per step": images_per_step, "num_labels": num_labels, "images": images}
-        self.settings["backbone"] = evaluation.fingerprint(subject.model)
+        self.settings["backbone"] = evaluation.fingerprint(evaluated.model)
 
     def lr(self):
         return self.optimizer.param_groups[0]["lr"]
@@ -316,7 +321,7 @@ class HeadRun:
         print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {line['train_loss']:.4f}{tested}", flush=True)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            utils.save_checkpoint(self.state_dict(), self.folder / KEPT)
+            checkpoint.save_checkpoint(self.state_dict(), self.folder / KEPT)
             (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
 
     def state_dict(self):
@@ -336,10 +341,10 @@ class HeadRun:
         if self.folder is None or not (self.folder / KEPT).exists():
             return
         path = self.folder / KEPT
-        kept = utils.load_checkpoint(path)
+        kept = checkpoint.load_checkpoint(path)
         try:
             self.check_same_run(kept, path)
-            load_head(self.head, kept, path, self.subject)
+            load_head(self.head, kept, path, self.evaluated)
             self.load_state(kept)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: cannot be gone on from: {type(error).__name__} {error}") from None
@@ -380,10 +385,10 @@ def new_head(num_features, num_labels, seed):
     return head
 
 
-def head_folder(subject, subjects):
+def head_folder(evaluated, models):
     """--output_dir, or with several models a folder in it for each; None without."""
-    output_dir = subject.args.output_dir
-    own = subject.stem if len(subjects) > 1 else ""
+    output_dir = evaluated.args.output_dir
+    own = evaluated.stem if len(models) > 1 else ""
     return None if output_dir is None else Path(output_dir) / own
 
 
@@ -397,18 +402,18 @@ def count_labels(args, images):
 # ---- dino: a head that is given --------------------------------------------------------------------------------------
 
 
-def score_head(subject, val_images, subjects):
+def score_head(evaluated, val_images, models):
     """Test a head without training. Returns as `fit_to_features`."""
-    args, model = subject.args, subject.model.to(subject.device)
-    path = args.linear_weights or head_folder(subject, subjects) / KEPT
+    args, model = evaluated.args, evaluated.model.to(evaluated.device)
+    path = args.linear_weights or head_folder(evaluated, models) / KEPT
     head = new_head(model.embed_dim, count_labels(args, val_images), args.seed)
-    load_head(head, utils.load_checkpoint(path), path, subject)
-    ranked, _ = score_images(subject, head.to(subject.device), val_images)
-    subject.model.cpu()
+    load_head(head, checkpoint.load_checkpoint(path), path, evaluated)
+    ranked, _ = score_images(evaluated, head.to(evaluated.device), val_images)
+    evaluated.model.cpu()
     return {"num_features": model.embed_dim, "linear_weights": str(path)}, ranked
 
 
-def load_head(head, kept, path, subject):
+def load_head(head, kept, path, evaluated):
     """Into `head`, in place, from {"state_dict": {"module.linear.weight": (C, D), "module.linear.bias": (C,)}}.
 
     Raises UserError for a file without them and for other sizes, with the settings that would fit."""
@@ -420,7 +425,7 @@ def load_head(head, kept, path, subject):
         raise UserError(f"{path}: expected a linear head, state_dict with module.linear.weight and module.linear.bias")
     num_labels, num_features = weight.shape
     if num_features != head.in_features:
-        args = subject.args
+        args = evaluated.args
         width = head.in_features // (args.n_last_blocks + args.avgpool_patchtokens)
         raise UserError(
             f"{path}: a head for {num_features} features, these settings give {head.in_features}; "
@@ -443,21 +448,21 @@ def fitting_settings(num_features, width):
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def show(found, subjects, val_images, args):
-    """found: (row, ranked classes of the validation images) of each subject."""
+def show(found, models, val_images, args):
+    """found: (row, ranked classes of the validation images) of each evaluated."""
     classes, rows = val_images.classes, []
-    for subject, (row, ranked) in zip(subjects, found, strict=True):
+    for evaluated, (row, ranked) in zip(models, found, strict=True):
         scored = scores(ranked, val_images.labels, len(classes))
         scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))
-        rows.append({"checkpoint": subject.name} | scored | row)
+        rows.append({"checkpoint": evaluated.name} | scored | row)
     columns = COLUMNS | {key: title for key, title in OWN_COLUMNS[args.protocol].items() if key in rows[0]}
     notes = [f"{row['checkpoint']}: {warning}" for row in rows for warning in row.get("warnings", ())]
     notes += [best_and_worst(row) for row in rows]
-    evaluation.report("linear", rows, columns, args, subjects, notes)
+    evaluation.report("linear", rows, columns, args, models, notes)
     if args.output_dir is not None:
-        for subject, (_, ranked) in zip(subjects, found, strict=True):
+        for evaluated, (_, ranked) in zip(models, found, strict=True):
             percent = confusion_matrix(ranked, val_images.labels, len(classes))
-            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{subject.stem}.png")
+            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{evaluated.stem}.png")
 
 
 def best_and_worst(row, most=3):

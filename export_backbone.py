@@ -9,7 +9,7 @@
     exported/README.md            the model card: data, flags of the training, results
 
     timm.create_model("local-dir:exported", pretrained=True)     # timm >= 1.0.20; "hf-hub:..." once it is uploaded
-    features.load_pretrained("exported/model.safetensors")       # here, and for our ResNets, which timm does not have
+    pretrained.load_pretrained("exported/model.safetensors")       # here, and for our ResNets, which timm does not have
 
 Before the folder is there, timm has opened it and given the features that the checkpoint gives.
 """
@@ -28,8 +28,10 @@ import torch
 import backbones
 import data
 import evaluation
-import features
+import images
+import pretrained
 import utils
+from checkpoint import load_checkpoint
 from cplearn_head import CPLearnHead
 from utils import UserError
 from vision_transformer import VisionTransformer
@@ -65,9 +67,9 @@ def main(argv=None):
         return  # one process writes
     folder = Path(args.output_dir).resolve()
     check_folder(folder)
-    model = features.load_pretrained(args.checkpoint, args.checkpoint_key, args.arch, args.patch_size)
+    model = pretrained.load_pretrained(args.checkpoint, args.checkpoint_key, args.arch, args.patch_size)
     config = timm_config(model)
-    checkpoint = {} if args.checkpoint.endswith(".safetensors") else utils.load_checkpoint(args.checkpoint)
+    checkpoint = {} if args.checkpoint.endswith(".safetensors") else load_checkpoint(args.checkpoint)
     tables = {
         Path(path).stem.removeprefix("results_"): results_table(path, args.checkpoint, model) for path in args.results
     }
@@ -89,7 +91,7 @@ def timm_config(model):
     settings, architecture = model.settings, timm_name(model)
     known = timm.models.get_pretrained_cfg(architecture) if is_timm_s(model) else None
     in_chans, img_size = settings["in_chans"] or 3, settings["img_size"] or 224
-    images = data.DATASETS.get(settings["dataset"], data.DATASETS["imagefolder"])
+    known_images = images.DATASETS.get(settings["dataset"], images.DATASETS["imagefolder"])
     model_args = timm_arguments(model.backbone)
     return {
         "architecture": architecture,
@@ -101,8 +103,8 @@ def timm_config(model):
             "interpolation": "bicubic",
             "crop_pct": crop_pct(img_size, settings["dataset"]),
             "crop_mode": "center",
-            "mean": settings["mean"] or data.fit_channels(images["mean"], in_chans),
-            "std": settings["std"] or data.fit_channels(images["std"], in_chans),
+            "mean": settings["mean"] or data.fit_channels(known_images["mean"], in_chans),
+            "std": settings["std"] or data.fit_channels(known_images["std"], in_chans),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": known and known.first_conv,
@@ -269,9 +271,9 @@ def write_export(folder, model, config, card, device, checkpoint):
 def check_in_timm(folder, model, config, device, checkpoint):
     """Raises UserError where timm's model gives other features than ours."""
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device)
-    images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
-    images = images.to(device)
-    expected, found = model(images), theirs(images)
+    views = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+    views = views.to(device)
+    expected, found = model(views), theirs(views)
     if expected.shape != found.shape or not torch.allclose(expected, found, rtol=1e-3, atol=1e-4):
         raise UserError(
             f"{checkpoint}: timm {timm.__version__} builds another model from {config}, or the weights are not finite; "

@@ -22,7 +22,7 @@ def cplearn(checkpoint, checkpoint_key=None, **kwargs):
     checkpoint: a file of ours, of DINO's, or a backbone's state dict.  checkpoint_key: which model of the file; default
     teacher, or the only one.  kwargs: arch, patch_size, img_size, in_chans, where the file does not say.
     """
-    return _features.load_pretrained(checkpoint, checkpoint_key, **kwargs)
+    return _pretrained.load_pretrained(checkpoint, checkpoint_key, **kwargs)
 
 
 def cplearn_backbone(checkpoint, checkpoint_key=None, **kwargs):
@@ -81,4 +81,4 @@ def _import_ours(*names):
         _sys.modules.update(theirs)
 
 
-_features, _backbones = _import_ours("features", "backbones")
+_pretrained, _backbones = _import_ours("pretrained", "backbones")

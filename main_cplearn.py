@@ -35,34 +35,36 @@ import augmentation
 import data
 from backbones import add_backbone_arguments, build_backbone
 from checkpoint import (
-    at_rest,
+    buffers_before_step,
     checkpoint_path,
     find_earlier,
     keep_copy,
+    lock_folder,
     resume,
     save,
     save_last_whole_step,
     share_of_batch,
 )
-from cplearn_head import ACTIVATIONS, DICTIONARIES, HEAD_IMPLS, CPLearn, CPLearnHead, choose_loss
-from dictionary import STORAGES
-from eval_knn import knn_accuracy
-from features import PRECISIONS, choose_precision, extract_features
-from fused_loss import PRIORS
-from monitor import Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
+from cplearn_head import CPLearn, CPLearnHead, add_method_arguments
+from evaluation import extract_features
+from evaluation.knn import knn_accuracy
+from fused_loss import choose_loss
+from images import ArrayImages, FolderImages, open_dataset
+from monitor import Clock, Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
 from utils import (
+    PRECISIONS,
     Agreement,
     ArgumentParser,
     Stopped,
     UserError,
     all_gather_rows,
+    choose_precision,
     command_line,
     commit,
     convert_sync_batchnorm,
     cosine_schedule,
     init_distributed,
     is_lost_peer,
-    lock_folder,
     on_rank_zero,
     parameter_groups,
     rank,
@@ -99,52 +101,6 @@ def get_args_parser():
     add_optimization_arguments(parser)
     add_run_arguments(parser)
     return parser
-
-
-def add_method_arguments(parser):
-    add = parser.add_argument_group("method").add_argument
-    add("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
-    add("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
-    add(
-        "--activation",
-        choices=ACTIVATIONS,
-        default="l2",
-        help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh: the paper's experiments",
-    )
-    add("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
-    add("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
-    add(
-        "--prior_scope",
-        choices=("global", "local"),
-        default="global",
-        help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
-    )
-    add(
-        "--head_impl",
-        choices=HEAD_IMPLS,
-        default="auto",
-        help="form of the loss: dense (with B x K arrays), or without such arrays tiled (by matrix products) or triton "
-        "(CUDA kernels, never run on a GPU yet); auto: the one that wins, said at the start",
-    )
-    add(
-        "--dictionary",
-        choices=list(DICTIONARIES),
-        default="rademacher",
-        help="random signs as in the paper; hadamard: orthogonal blocks of F codes, a fast transform on CPUs",
-    )
-    add(
-        "--codes_storage",
-        choices=STORAGES,
-        default="int8",
-        help="of random signs: F K bytes of memory, an eighth as bits, or the seed alone, hashed where it is used",
-    )
-    add(
-        "--shard_codes",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="each process holds its share of the codes and sees all images: for K of millions",
-    )
-    add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
 
 
 def add_optimization_arguments(parser):
@@ -218,14 +174,14 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     total_steps: int
-    val_images: data.FolderImages | data.ArrayImages | None  # for k-NN
+    val_images: FolderImages | ArrayImages | None  # for k-NN
     lock: io.IOBase | None  # rank 0's, on the output folder; held until it is closed
     earlier: dict | None  # the checkpoint to go on from, until it is loaded
     recorder: Recorder = field(default_factory=Recorder)
     agreement: Agreement = field(default_factory=Agreement)
     log: RunLog = None
     watch: Watch = None
-    at_rest: tuple | None = None  # (step, buffers) from a step's end to the next change of the weights
+    buffers_before_step: tuple | None = None  # (step, buffers) from a step's end to the next change of the weights
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -254,7 +210,7 @@ def train(args):
                 step = train_one_epoch(run, step)
                 finish_epoch(run, step)
             run.agreement.settle()
-            run.log.say(f"done: {step} steps; {checkpoint_path(args)}")
+            run.log.print(f"done: {step} steps; {checkpoint_path(args)}")
             close(run)
         except RuntimeError as error:
             if is_lost_peer(error):
@@ -270,7 +226,7 @@ def train_one_epoch(run, step):
     if first == 0:
         run.model.objective.start_epoch()
     run.model.train()
-    run.at_rest = at_rest(run, step)
+    run.buffers_before_step = buffers_before_step(run, step)
     clock = Clock()
     for batch in clock.waiting(run.loader.epoch(epoch, first)):
         features = train_one_step(run, batch, step)
@@ -280,8 +236,8 @@ def train_one_epoch(run, step):
             log_step(run, step, features, clock)
         if step == last:
             break  # the epoch's own line and checkpoint follow, as one
-        run.at_rest = at_rest(run, step)
-        action = run.agreement.agree(wish(run))
+        run.buffers_before_step = buffers_before_step(run, step)
+        action = run.agreement.vote(own_vote(run))
         if action:
             save(run, step, stopping=action > SAVE)
         if action > SAVE:
@@ -350,7 +306,7 @@ def warmup_steps(run):
 def update_weights(run):
     """Clip and step, unless the gradient is not finite; returns its global norm, on the device."""
     optimizer, scaler = run.optimizer, run.scaler
-    run.at_rest = None
+    run.buffers_before_step = None
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad or math.inf)
     finite = torch.isfinite(grad_norm)  # the same on all processes: DDP has averaged the gradients
@@ -434,13 +390,13 @@ def knn(run):
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
     top1 = knn_accuracy(*matrices)[20, 0.07]["top1"]
-    run.log.say(f"k-NN (k = 20) on {len(run.val_images)} images: {top1:.2f} %")
+    run.log.print(f"k-NN (k = 20) on {len(run.val_images)} images: {top1:.2f} %")
     return {"knn_top1": top1}
 
 
 def describe(run, step):
     """State what was derived from the flags, before the first step."""
-    args, model, say = run.args, run.model, run.log.say
+    args, model, say = run.args, run.model, run.log.print
     groups = {group["decayed"]: sum(p.numel() for p in group["params"]) for group in run.optimizer.param_groups}
     say(f"commit {commit()}; torch {torch.__version__}; {run.device}, {world_size()} processes, {args.precision}")
     say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
@@ -458,36 +414,11 @@ def describe(run, step):
     say(f"{start}: {run.total_steps} steps in all; run folder {args.output_dir}")
 
 
-class Clock:
-    """Time since the last logged line, and the share of it spent waiting for data. Seconds."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.start, self.waited = time.monotonic(), 0.0
-
-    def elapsed(self):
-        return time.monotonic() - self.start
-
-    def waiting(self, iterator):
-        """Pass items through and count the time until each is there."""
-        iterator = iter(iterator)
-        while True:
-            before = time.monotonic()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.monotonic() - before
-            yield item
-
-
 # ---- when to save and to stop (checkpoint.py: how) -------------------------------------------------------------------
 
 
-def wish(run):
-    """What this process would like all of them to do now."""
+def own_vote(run):
+    """What this process votes for: what all of them should do now."""
     if run.watch.signals:
         return int(run.watch.signals[0])
     due = rank() == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_every_minutes
@@ -498,7 +429,7 @@ def stop(run, step, number):
     """End after signal `number`: the checkpoint is written."""
     run.agreement.settle()
     dist.barrier()  # SLURM ends all processes when the first one leaves: not while rank 0 writes
-    run.log.say(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
+    run.log.print(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
     raise Stopped(128 + number)
 
@@ -521,7 +452,7 @@ def build_run(args):
     batch_size = share_of_batch(args, earlier)
     if batch_size * world_size() < 2:
         raise UserError("--batch_size_per_gpu 1: batch norm needs at least 2 images per step, over all processes")
-    images = data.open_dataset(args, "train")
+    images = open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size())
     seed_everything(args.seed)
@@ -637,7 +568,7 @@ def check_crop_sizes(args, backbone):
 
 
 def open_val(args, images):
-    val_images = data.open_dataset(args, "val")
+    val_images = open_dataset(args, "val")
     if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
     return val_images

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import RunFailed, all_reduce_mean, rank, replace_file
+from checkpoint import replace_file
+from utils import RunFailed, all_reduce_mean, rank
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe: its singular values take about 0.1 s on a CPU at D = 384
 
@@ -121,7 +122,7 @@ class RunLog:
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def say(self, text):
+    def print(self, text):
         """One line for people, above the progress bar."""
         if rank() == 0:
             tqdm.write(text, file=sys.stdout)
@@ -131,7 +132,9 @@ class RunLog:
         """Say in words what `diagnose` found, each kind once until it is gone again."""
         for kind, sentence in found:
             if kind not in self.warned:
-                self.say(f"warning: step {self.step}: this looks like {sentence}; {advice.get(kind, 'see the README')}")
+                self.print(
+                    f"warning: step {self.step}: this looks like {sentence}; {advice.get(kind, 'see the README')}"
+                )
         self.warned = {kind for kind, _ in found}
 
     def advance(self):
@@ -176,7 +179,7 @@ class RunLog:
             yield
         except OSError as error:
             reason = error.strerror or error
-            self.say(f"warning: step {self.step}: {what} could not be written: {reason}; going on")
+            self.print(f"warning: step {self.step}: {what} could not be written: {reason}; going on")
 
     def _show(self, line):
         speed = f"{line['images_per_s']:.0f} images/s"
@@ -186,7 +189,7 @@ class RunLog:
         names = ("train_loss", "train_invariance", "train_prior", "train_lr", "codes_used", "rankme")
         shown = [f"{n.removeprefix('train_')} {line[n]:.4g}" for n in names if line.get(n) is not None]
         left = (time.monotonic() - self.started) / (line["step"] - self.first_step) * (self.total_steps - line["step"])
-        self.say(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
+        self.print(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
 
     def close(self):
         self.flush()
@@ -349,3 +352,42 @@ def plot_log(log_path, figure_path):
     figure.tight_layout()
     figure.savefig(figure_path, dpi=120)
     plt.close(figure)
+
+
+class Clock:
+    """Time since the last logged line, and the share of it spent waiting for data. Seconds."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.start, self.waited = time.monotonic(), 0.0
+
+    def elapsed(self):
+        return time.monotonic() - self.start
+
+    def waiting(self, iterator):
+        """Pass items through and count the time until each is there."""
+        iterator = iter(iterator)
+        while True:
+            before = time.monotonic()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - before
+            yield item
+
+
+def within_code_variance(features, codes):
+    """Variance of features (N, D) among rows that share a code (N,), over the variance among all rows; float.
+
+    Both unbiased, so 1 means that codes say nothing about features and 0 that a code's images coincide. NaN where no
+    two rows share a code."""
+    _, group, count = codes.unique(return_inverse=True, return_counts=True)
+    features = features.float()
+    sums = torch.zeros(len(count), features.shape[1], device=features.device).index_add_(0, group, features)
+    within = (features - (sums / count[:, None])[group]).square().sum()
+    total = (features - features.mean(dim=0)).square().sum()
+    freedom = len(features) - len(count)
+    return float(within / freedom / (total / (len(features) - 1))) if freedom > 0 and total > 0 else math.nan

@@ -1,24 +1,17 @@
 """What several scripts share and what stays the same with another method, backbone or data set:
-errors a user can mend, the process group, schedules, the optimizer's parameter groups, and checkpoints."""
+errors and flags, the process group, collectives, batch norm over processes, seeds, schedules, precision."""
 
 import argparse
-import contextlib
-import fcntl
 import functools
-import importlib
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
-import warnings
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,7 +52,50 @@ class Stopped(SystemExit):
 class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action):
         told = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if told else f"{action.help} (default: %(default)s)"
+        facts = [str(action.type)] if isinstance(action.type, Number) else []
+        facts += [] if told else ["default: %(default)s"]
+        return f"{action.help} ({'; '.join(facts)})" if facts else action.help
+
+
+class Number:
+    """argparse's `type=` of a flag that is a finite number in a range: --help tells the range, and a number outside it
+    is one line.
+
+    kind: int or float.  least, most: the range, both ends in it.  above, below: the same, without the ends.
+    """
+
+    def __init__(self, kind, least=None, most=None, above=None, below=None):
+        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        ):
+            raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: expected {self}")
+        return value
+
+    def __str__(self):
+        limits = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
+        limits = [f"{words} {limit:g}" for words, limit in limits.items() if limit is not None]
+        return " ".join(["a whole number" if self.kind is int else "a number", " and ".join(limits)]).strip()
+
+
+def positive(kind):
+    """argparse's `type=`: a number above 0."""
+    return Number(kind, least=1) if kind is int else Number(kind, above=0)
+
+
+def not_negative(kind):
+    """argparse's `type=`: a number of at least 0."""
+    return Number(kind, least=0)
 
 
 # what torch.distributed.launch and DINO's scripts are given; torchrun says the same in the environment
@@ -89,7 +125,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -331,52 +367,21 @@ def convert_sync_batchnorm(module):
     return module
 
 
-class Objective(nn.Module):
-    """What the training loop knows of a method: features of each view in, a loss and its named terms out.
-
-    forward(features: list of V tensors (B, D), global crops first) -> (loss: scalar, terms: dict of scalars), float32.
-    The hooks below do nothing unless a method needs them (a teacher, a queue, a sampler, statistics of its codes).
-    """
-
-    advice = {}  # what to change, in words, for each kind that `monitor.diagnose` may find
-
-    def before_step(self, step):
-        """Called before the forward pass of global step `step`."""
-
-    def after_step(self, step):
-        """Called after the optimizer's step."""
-
-    def start_epoch(self):
-        """Statistics kept over an epoch begin anew."""
-
-    def before_save(self):
-        """Called on all processes before the first of them writes a checkpoint."""
-
-    def statistics(self, features, averages):
-        """Named numbers for a logged line. features: (N, D), one view of this step's images; averages: {name: mean}
-        of the loss and its terms since the last line. May wait for the device."""
-        return {}
-
-    def describe(self):
-        """Lines for the start of a run: what was derived from the flags."""
-        return []
-
-
 class Agreement:
     """All processes act at the same step on what one of them has seen (a signal, a clock), without stopping the GPU.
 
-    `agree(wish)` returns the largest wish of any process at the *previous* call: the tiny all-reduce runs on CPU
+    `vote(choice)` returns the largest choice of any process at the *previous* call: the tiny all-reduce runs on CPU
     tensors while the step is computed, and nobody waits for it.
     """
 
     def __init__(self):
         self.pending = None
 
-    def agree(self, wish):
+    def vote(self, choice):
         if world_size() == 1:
-            return wish
+            return choice
         previous = self.settle()
-        value = torch.tensor(wish)
+        value = torch.tensor(choice)
         self.pending = (dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True), value)
         return previous
 
@@ -438,172 +443,16 @@ def parameter_groups(module):
     ]
 
 
-# ---- checkpoints: plain data, written whole or not at all ------------------------------------------------------------
+# ---- precision -------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(state, path):
-    """Write `state` beside `path`, force it to disk, then rename: at any moment `path` is a whole checkpoint.
-
-    Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
-    """
-    try:
-        with replace_file(path) as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
-        raise OSError(f"{path}: could not be written: {reason}") from error
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@contextlib.contextmanager
-def replace_file(path):
-    """Yields a binary file beside `path`, which takes its place, forced to disk, if nothing is raised: at any moment
-    `path` is the old file or the new one, whole."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _fsync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def _fsync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock_folder(folder, flag="--output_dir"):
-    """Hold `folder` for this process alone: returns an open file, and the lock lasts until it is closed.
-
-    A POSIX record lock: the kernel drops it when its holder dies, however it dies, children do not inherit it, and
-    NFS and Lustre carry it between nodes. Raises UserError if another process holds it or the folder is read-only."""
-    path = Path(folder) / ".lock"
-    try:
-        file = open(path, "a+")  # noqa: SIM115 (closing it would let the lock go)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
-        file.seek(0)
-        raise UserError(
-            f"{flag} {folder}: another run is writing to it ({file.read(200).strip()}); wait for its end or give "
-            "another folder"
-        ) from None
-    except OSError as error:
-        print(f"warning: {folder} is on a file system without locks ({error.strerror}); start no second run on it")
-    file.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}\n")
-    file.flush()
-    return file
-
-
-def wait_for_same_file(path, seconds=90):
-    """Return when all processes see the file at `path` that rank 0 sees, or none: a network file system may show it to
-    another node a minute late. Raises UserError if that does not come."""
-    if world_size() == 1:
-        return
-    theirs = [_size_and_time(path)]
-    dist.broadcast_object_list(theirs)
-    for _ in range(seconds):
-        if _size_and_time(path) == theirs[0]:
-            return
-        time.sleep(1)
-    raise UserError(f"{path}: rank 0 sees another file; expected a folder on a file system that all nodes share")
-
-
-def _size_and_time(path):
-    try:
-        os.listdir(Path(path).parent)  # makes NFS look again
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def load_checkpoint(path):
-    """Load a checkpoint that holds plain data only; nothing in the file is ever executed.
-
-    Besides tensors and plain Python, exactly the harmless types of DINO's training files are admitted:
-    argparse.Namespace, numpy scalars and dtypes, pathlib paths. Returns the object on CPU.
-    Raises UserError for a file that is missing, truncated, or holds anything else.
-    """
-    path = Path(path)
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # too long, not UTF-8
-        is_file = False
-    if not is_file:
-        raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
-            warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
-            check_archive(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            refuse_odd_tensors(state)
-            return state
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        at = reason.find("Unsupported")
-        raise UserError(f"{path}: refused, it holds more than plain data: {reason[max(0, at) :][:160]}") from None
-    except MemoryError:
-        raise UserError(f"{path}: refused, it asks for more memory than there is; is it damaged?") from None
-    except Exception as error:  # a damaged file fails in many ways, none of them ours to list
-        reason = " ".join(str(error).split())[:160]
-        whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
-
-
-def check_archive(path):
-    """torch.save stores: a compressed member may be a thousand times as large in memory as in the file. torch.load does
-    not look at the checksums that torch.save writes: a flipped bit of a tensor would be trained on."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise pickle.UnpicklingError(f"Unsupported: {packed[0]} is compressed")
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # about 1 s per GB
-        if damaged:
-            raise ValueError(f"{damaged} is not what was written, by its checksum")
-
-
-def refuse_odd_tensors(state):
-    """A few bytes may describe a tensor of terabytes: by strides of 0, without data (meta), or sparsely."""
-    todo, seen = [state], set()
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:  # a list may be in itself
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
-                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.layout} on {value.device}")
-            if value.nbytes > value.untyped_storage().nbytes():
-                raise pickle.UnpicklingError(f"Unsupported: a tensor of {value.nbytes} bytes where fewer are stored")
-        value = vars(value) if isinstance(value, argparse.Namespace) else value
-        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-
-
-def _harmless_types():
-    numpy_core = importlib.import_module("numpy._core.multiarray")
-    dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
-    paths = [importlib.import_module("pathlib").PosixPath, importlib.import_module("pathlib").PurePosixPath]
-    return [
-        argparse.Namespace,
-        np.dtype,
-        *dtypes,
-        (numpy_core.scalar, "numpy.core.multiarray.scalar"),  # the name in files of numpy 1
-        numpy_core.scalar,
-        *paths,
-    ]
+def choose_precision(precision, device):
+    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32; other names stay."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

@@ -22,7 +22,8 @@ import torch
 import augmentation
 import data
 import evaluation
-import features
+import images
+import pretrained
 import utils
 import vision_transformer
 from utils import UserError
@@ -35,7 +36,7 @@ CLIPPED = 1  # percent of the patches at either end of a principal component
 
 def get_args_parser():
     parser = utils.ArgumentParser("visualize_attention.py", "Attention maps and patch features of a ViT, as pictures.")
-    features.add_checkpoint_arguments(parser)
+    pretrained.add_checkpoint_arguments(parser)
     parser.set_defaults(in_chans=None, mean=None, std=None)  # the checkpoint's
     add = parser.add_argument
     add(
@@ -70,15 +71,15 @@ def main(argv=None):
     folders = image_folders(args.image_path, Path(args.output_dir))
     model = open_vit(args, device)
     evaluation.make_folder(args.output_dir, "--output_dir")
-    sights = see_all(model.backbone, folders, args, device)
-    colours, variance = pca_colours([sight.tokens for sight in sights], args.pca)
-    for sight, picture in zip(sights, colours, strict=True):
-        evaluation.make_folder(folders[sight.path], "--output_dir")
-        save_pictures(sight, picture, args.threshold, folders[sight.path])
-        plot_overview(sight, picture, args.threshold, folders[sight.path] / "overview.png")
+    seen = see_all(model.backbone, folders, args, device)
+    colours, variance = pca_colours([image.tokens for image in seen], args.pca)
+    for image, picture in zip(seen, colours, strict=True):
+        evaluation.make_folder(folders[image.path], "--output_dir")
+        save_pictures(image, picture, args.threshold, folders[image.path])
+        plot_overview(image, picture, args.threshold, folders[image.path] / "overview.png")
     if os.path.isdir(args.image_path):
-        plot_contact_sheets(sights, colours, Path(args.output_dir))
-    print(f"{args.output_dir}: {len(sights)} of {len(folders)} images; colours show {variance:.0f} % of the variance")
+        plot_contact_sheets(seen, colours, Path(args.output_dir))
+    print(f"{args.output_dir}: {len(seen)} of {len(folders)} images; colours show {variance:.0f} % of the variance")
 
 
 def check_flags(args):
@@ -96,9 +97,9 @@ def image_folders(image_path, output_dir):
     with its ending where two images differ in nothing else."""
     if not os.path.isdir(image_path):
         return {image_path: output_dir}
-    names = [os.fsdecode(name) for name in data.scan(os.fsencode(image_path))[0]]
+    names = [os.fsdecode(name) for name in images.scan(os.fsencode(image_path))[0]]
     if not names:
-        raise UserError(f"--image_path {image_path}: no image in it; looked for {' '.join(data.EXTENSIONS)}")
+        raise UserError(f"--image_path {image_path}: no image in it; looked for {' '.join(images.EXTENSIONS)}")
     stems = [os.path.splitext(name)[0] for name in names]
     count = Counter(stems)
     return {
@@ -109,13 +110,13 @@ def image_folders(image_path, output_dir):
 
 def open_vit(args, device):
     """The model that the flags name; fills in args.in_chans, .mean and .std."""
-    model = features.open_model(args, device)
+    model = pretrained.open_model(args, device)
     arch, dataset = model.settings["arch"], model.settings["dataset"]
     if not isinstance(model.backbone, vision_transformer.VisionTransformer):
         raise UserError(
             f"{args.checkpoint}: {arch} shows no attention; expected one of {', '.join(vision_transformer.ARCHS)}"
         )
-    known = data.DATASETS[dataset if dataset in data.DATASETS else "imagefolder"]
+    known = images.DATASETS[dataset if dataset in images.DATASETS else "imagefolder"]
     for name in ("mean", "std"):
         if getattr(args, name) is None:
             setattr(args, name, data.fit_channels(known[name], args.in_chans))
@@ -126,7 +127,7 @@ def open_vit(args, device):
 
 
 @dataclasses.dataclass
-class Sight:
+class SeenImage:
     """path; pixels: uint8 (h, w, 3), as the model got them; attention: float32 (H, r, c), what CLS gives to each patch
     of its attention, which sums to 1 with what it gives to itself; tokens: float32 (r, c, D)."""
 
@@ -137,20 +138,20 @@ class Sight:
 
 
 def see_all(backbone, paths, args, device):
-    """A `Sight` of every image that can be read. Raises UserError where none can; of several the bad ones are named."""
-    sights = []
+    """A `SeenImage` of each image that can be read; bad ones are named. Raises UserError where none can be read."""
+    seen = []
     for path in paths:
         try:
-            image = data.load_image(path, args.in_chans)
-        except data.BadImage as error:
+            image = images.load_image(path, args.in_chans)
+        except images.BadImage as error:
             if len(paths) == 1:
                 raise UserError(f"--image_path {path}: {error}; expected an image") from error
             print(f"skipped {path}: {error}", file=sys.stderr)
         else:
-            sights.append(see(backbone, path, image, args, device))
-    if not sights:
+            seen.append(see(backbone, path, image, args, device))
+    if not seen:
         raise UserError(f"--image_path {args.image_path}: none of its {len(paths)} images can be read")
-    return sights
+    return seen
 
 
 def see(backbone, path, image, args, device):
@@ -158,11 +159,11 @@ def see(backbone, path, image, args, device):
     size = size_in_patches(image.shape[1:], backbone.patch_size, args.image_size)
     image = augmentation.resize(image, size)
     x = augmentation.normalize(image[None].to(device) / 255, args.mean, args.std)
-    dtype = features.PRECISIONS[args.precision]
+    dtype = utils.PRECISIONS[args.precision]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         attention, tokens = attention_and_tokens(backbone, x)
     pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return Sight(path, pixels, attention[0].float().cpu().numpy(), tokens[0].float().cpu())
+    return SeenImage(path, pixels, attention[0].float().cpu().numpy(), tokens[0].float().cpu())
 
 
 def size_in_patches(own, patch_size, wanted=None):
@@ -246,32 +247,32 @@ def to_unit_range(scores):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def save_pictures(sight, colours, threshold, folder):
+def save_pictures(image, colours, threshold, folder):
     """DINO's files and pca.png, each h x w pixels. A map is violet at its minimum and yellow at its maximum."""
     plt = evaluation.pyplot()
-    plt.imsave(folder / "img.png", np.ascontiguousarray(sight.pixels))
-    plt.imsave(folder / "pca.png", enlarged(colours, sight))
-    masks = attention_mask(sight.attention, threshold)
-    for head, (attention, mask) in enumerate(zip(sight.attention, masks, strict=True)):
-        plt.imsave(folder / f"attn-head{head}.png", enlarged(attention, sight))
-        plt.imsave(folder / f"mask_th{threshold:g}_head{head}.png", painted(sight, {head: mask}))
+    plt.imsave(folder / "img.png", np.ascontiguousarray(image.pixels))
+    plt.imsave(folder / "pca.png", enlarged(colours, image))
+    masks = attention_mask(image.attention, threshold)
+    for head, (attention, mask) in enumerate(zip(image.attention, masks, strict=True)):
+        plt.imsave(folder / f"attn-head{head}.png", enlarged(attention, image))
+        plt.imsave(folder / f"mask_th{threshold:g}_head{head}.png", painted(image, {head: mask}))
 
 
-def enlarged(patches, sight):
+def enlarged(patches, image):
     """(r, c, ...) -> (h, w, ...), every patch a square of one colour."""
-    side = len(sight.pixels) // len(patches)
+    side = len(image.pixels) // len(patches)
     return patches.repeat(side, axis=0).repeat(side, axis=1)
 
 
-def painted(sight, masks):
+def painted(image, masks):
     """The image in gray where no mask is set, and in the head's colour where one is; where several are, in that of the
     head with most of its attention there. masks: {head: bool (r, c)}. Returns uint8 (h, w, 3)."""
     plt = evaluation.pyplot()
-    gray = np.repeat(sight.pixels.mean(axis=2, keepdims=True) / 255, 3, axis=2)
-    strength = np.stack([np.where(mask, sight.attention[head], 0) for head, mask in masks.items()])
+    gray = np.repeat(image.pixels.mean(axis=2, keepdims=True) / 255, 3, axis=2)
+    strength = np.stack([np.where(mask, image.attention[head], 0) for head, mask in masks.items()])
     colours = np.array([plt.matplotlib.colors.to_rgb(head_colour(head)) for head in masks])
-    colour = enlarged(colours[strength.argmax(axis=0)], sight)
-    covered = enlarged(np.any(list(masks.values()), axis=0), sight)[..., None]
+    colour = enlarged(colours[strength.argmax(axis=0)], image)
+    covered = enlarged(np.any(list(masks.values()), axis=0), image)[..., None]
     return np.rint(255 * np.where(covered, 0.4 * gray + 0.6 * colour, 0.6 * gray + 0.4)).astype(np.uint8)
 
 
@@ -279,20 +280,20 @@ def head_colour(head):
     return evaluation.PALETTE[head % len(evaluation.PALETTE)]
 
 
-def plot_overview(sight, colours, threshold, path):
+def plot_overview(image, colours, threshold, path):
     """One figure: image, mean attention, masks of all heads, patch features, then every head, framed in its colour."""
     plt = evaluation.pyplot()
-    masks, mean = attention_mask(sight.attention, threshold), sight.attention.mean(axis=0)
+    masks, mean = attention_mask(image.attention, threshold), image.attention.mean(axis=0)
     panels = [
-        (short_name(sight.path, 32), sight.pixels),
+        (short_name(image.path, 32), image.pixels),
         (f"mean of heads, {attention_range(mean)}", mean),
-        (f"{100 * threshold:g} % of each head's attention", painted(sight, dict(enumerate(masks)))),
+        (f"{100 * threshold:g} % of each head's attention", painted(image, dict(enumerate(masks)))),
         ("patch features, 3 components", colours),
-        *((f"head {head}, {attention_range(attention)}", attention) for head, attention in enumerate(sight.attention)),
+        *((f"head {head}, {attention_range(attention)}", attention) for head, attention in enumerate(image.attention)),
     ]
     columns = 5 if len(panels) % 5 == 0 else 4
     rows = math.ceil(len(panels) / columns)
-    height, width = sight.pixels.shape[:2]
+    height, width = image.pixels.shape[:2]
     figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, rows * (2.6 * height / width + 0.3)))
     for axis, (title, picture) in zip(axes.flat, panels, strict=False):
         draw(axis, picture, title)
@@ -323,20 +324,20 @@ def draw(axis, picture, title=None):
     axis.spines[:].set_visible(False)
 
 
-def plot_contact_sheets(sights, colours, folder):
+def plot_contact_sheets(seen, colours, folder):
     """A row for each image: itself, the mean of its heads' attention, its patch features; a file for every
     `ROWS_PER_SHEET` of them."""
     plt = evaluation.pyplot()
-    rows = list(zip(sights, colours, strict=True))
+    rows = list(zip(seen, colours, strict=True))
     for sheet, start in enumerate(range(0, len(rows), ROWS_PER_SHEET)):
         chosen = rows[start : start + ROWS_PER_SHEET]
-        heights = [2.2 * len(sight.pixels) / sight.pixels.shape[1] for sight, _ in chosen]
+        heights = [2.2 * len(image.pixels) / image.pixels.shape[1] for image, _ in chosen]
         figure, axes = plt.subplots(
             len(chosen), 3, squeeze=False, figsize=(7, sum(heights) + 0.25 * len(chosen)), height_ratios=heights
         )
-        for line, (sight, picture) in zip(axes, chosen, strict=True):
-            mean = sight.attention.mean(axis=0)
-            draw(line[0], sight.pixels, short_name(sight.path, 34))
+        for line, (image, picture) in zip(axes, chosen, strict=True):
+            mean = image.attention.mean(axis=0)
+            draw(line[0], image.pixels, short_name(image.path, 34))
             draw(line[1], mean, f"attention, {attention_range(mean)}")
             draw(line[2], picture, "patch features")
         figure.savefig(folder / f"contact_sheet{f'_{sheet + 1}' if sheet else ''}.png")

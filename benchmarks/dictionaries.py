@@ -21,8 +21,10 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
 import data
-from eval_knn import knn_accuracy
-from features import extract_features, load_pretrained
+from evaluation import extract_features
+from evaluation.knn import knn_accuracy
+from images import open_dataset
+from pretrained import load_pretrained
 
 RUN_FLAGS = shlex.split(
     "--augmentation dino --arch resnet8 --width 64 --out_dim 1024 --beta 0.5 --batch_size_per_gpu 64 --lr 4e-3 "
@@ -72,7 +74,7 @@ def evaluate(checkpoint, data_flags):
     model = load_pretrained(checkpoint).eval()
     matrices = []
     for split in ("train", "val"):
-        images = data.open_dataset(args, split)
+        images = open_dataset(args, split)
         batches = data.eval_batches(images, args.img_size, args.in_chans, args.mean, args.std, 256)
         features, codes = extract_features(model, batches, len(images), torch.device("cpu"), "bf16")
         matrices += [features, torch.as_tensor(images.labels)]

@@ -28,10 +28,9 @@ import matplotlib
 import torch
 from torch.nn import functional as F
 
-from cplearn_head import code_temperature, cplearn_loss
-from dictionary import STORAGES, Dictionary
-from fused_loss import fused_cplearn_loss, prior_loss
-from hadamard import HadamardDictionary, base_order
+from cplearn_head import code_temperature, cplearn_loss, prior_loss
+from dictionary import STORAGES, Dictionary, HadamardDictionary, base_order
+from fused_loss import fused_cplearn_loss
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -192,7 +191,7 @@ def fused_loss(views, codes, tau, **settings):
 
 
 def as_if_reduced(mean):
-    """Not the same tensor, as after an all-reduce: the gradient then takes a stream of its own."""
+    """Not the same tensor, as after an all-reduce: the gradient then takes a pass of its own."""
     return mean * 1.0
 
 

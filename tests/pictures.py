@@ -9,6 +9,7 @@ from PIL import Image
 
 import augmentation
 import data
+from images import ArrayImages
 
 
 def make_args(*flags, **changes):
@@ -27,7 +28,7 @@ def folder_args(path, *flags):
 
 def array_loader(images, *flags, batch_size=16, **options):
     args = make_args("--dataset", "cifar10", *flags)
-    return data.TrainLoader(data.ArrayImages("some", images), args, batch_size, **options)
+    return data.TrainLoader(ArrayImages("some", images), args, batch_size, **options)
 
 
 def photographs():

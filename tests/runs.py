@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 import main_cplearn
+from checkpoint import load_checkpoint
 from monitor import read_log
-from utils import load_checkpoint
 
 ROOT = Path(main_cplearn.__file__).resolve().parent
 NUM_IMAGES, BATCH, STEPS = 96, 8, 48  # a small run: 4 epochs of 12 steps, about 2 s

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 import augmentation
 import data
 import pictures
+from images import DATASETS, ArrayImages, open_dataset
 from pictures import array_loader, folder_args, make_args, write_class_folders
 from utils import UserError
 
@@ -125,7 +126,7 @@ def test_batched_crops_equal_torchvisions_resized_crop(photographs, size):
 
 def test_worker_crops_equal_torchvisions_and_pils_resized_crop(tmp_path):
     args = folder_args(write_class_folders(tmp_path), "--local_crops_number", 2, "--local_crops_size", 16)
-    images = data.open_dataset(args)
+    images = open_dataset(args)
     loader = data.TrainLoader(images, args, 4)
     batch = next(iter(loader.epoch(3)))
     assert [tuple(crop.shape) for crop in batch.crops] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
@@ -251,7 +252,7 @@ def test_jitter_equals_torchvision_with_the_same_order_and_factors(photographs):
 
 def test_whole_chain_has_dinos_distribution(photographs):
     """1000 views of one image, by DINO's own transforms on PIL images and by ours: the same in five statistics."""
-    count, mean, std = 1000, data.DATASETS["cifar10"]["mean"], data.DATASETS["cifar10"]["std"]
+    count, mean, std = 1000, DATASETS["cifar10"]["mean"], DATASETS["cifar10"]["std"]
     image = photographs[5]
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
@@ -296,7 +297,7 @@ def test_shares_of_a_recipe():
 
 def test_noise_of_the_small_recipe():
     images = torch.full((256, 1, 28, 28), 100, dtype=torch.uint8)
-    loader = data.TrainLoader(data.ArrayImages("gray", images), make_args(), 256)
+    loader = data.TrainLoader(ArrayImages("gray", images), make_args(), 256)
     batch = next(iter(loader.epoch(0)))
     torch.manual_seed(0)
     view = loader.augment(batch, "cpu")[0]
@@ -307,7 +308,7 @@ def test_noise_of_the_small_recipe():
 
 
 def test_gray_images_for_three_channels_and_colour_images_for_one(photographs):
-    gray = data.ArrayImages("gray", photographs[:, :1])
+    gray = ArrayImages("gray", photographs[:, :1])
     one, three = (
         data.TrainLoader(gray, make_args("--in_chans", c, "--augmentation", "dino", "--img_size", 28), 16)
         for c in (1, 3)

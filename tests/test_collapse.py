@@ -10,10 +10,9 @@ import scipy.stats
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-import collapse
 from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, prior_floor, rademacher_codes
-from dictionary import Dictionary
-from hadamard import hadamard_matrix
+from dictionary import Dictionary, hadamard_matrix
+from evaluation import collapse
 from monitor import feature_statistics, rankme
 
 
@@ -270,8 +269,8 @@ def judged(x, codes=None, num_codes=512, **more):
     if codes is not None:
         groupings.append(codes)
         usage = collapse.code_usage(codes, num_codes)
-    tight = min(collapse.tightness(x, groups, eigenvalues) for groups in groupings)
-    return collapse.judge(feature_statistics(x), eigenvalues, tight, usage, len(x), **more)
+    tightness = min(collapse.tightness(x, groups, eigenvalues) for groups in groupings)
+    return collapse.judge(feature_statistics(x), eigenvalues, tightness, usage, len(x), **more)
 
 
 def random_codes(num_codes, count=1500):

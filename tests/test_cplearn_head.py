@@ -315,7 +315,7 @@ def test_every_storage_gives_the_same_logits_and_loads_every_other(storage):
 def test_a_head_is_built_from_what_its_state_dict_tells():
     for settings in ({}, {"storage": "seed"}, {"dictionary": "hadamard"}):
         head = CPLearnHead(D, 131, F, "tanh", seed=3, **settings).eval()
-        other = CPLearnHead.of_state(D, head.state_dict(), "tanh").eval()
+        other = CPLearnHead.from_state_dict(D, head.state_dict(), "tanh").eval()
         other.load_state_dict(head.state_dict())
         assert other.dictionary.kind == head.dictionary.kind
         x = torch.randn(B, D)

@@ -1,19 +1,17 @@
 """data.py against PIL and torchvision, and against itself with other workers, processes and starting points."""
 
-import gzip
 import os
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 import data
 import pictures
+from images import DATASETS, ArrayImages, FolderImages, open_dataset
 from pictures import array_loader, folder_args, make_args, picture, write
 from utils import UserError
 
@@ -28,125 +26,6 @@ def photographs():
     return pictures.photographs()
 
 
-# Files
-
-
-def jpeg_with_orientation(path, pixels, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return write(path, pixels, exif=exif, quality=95)
-
-
-RGB, GRAY = picture(40, 56), picture(40, 56, 1)
-ALPHA = np.dstack([RGB, picture(40, 56, 1, seed=1)])
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "options", "tolerance"),
-    [
-        ("rgb.jpg", Image.fromarray(RGB), {"quality": 95}, 12),
-        ("gray.jpg", Image.fromarray(GRAY), {"quality": 95}, 12),
-        ("progressive.jpg", Image.fromarray(RGB), {"quality": 95, "progressive": True}, 12),
-        ("cmyk.jpg", Image.fromarray(RGB).convert("CMYK"), {"quality": 95}, 20),
-        ("rgb.png", Image.fromarray(RGB), {}, 0),
-        ("gray.png", Image.fromarray(GRAY), {}, 0),
-        ("alpha.png", Image.fromarray(ALPHA), {}, 0),
-        ("gray_alpha.png", Image.fromarray(np.dstack([GRAY, GRAY]), "LA"), {}, 0),
-        ("bits.png", Image.fromarray(GRAY).convert("1"), {}, None),
-        ("palette.png", Image.fromarray(RGB).quantize(64), {}, None),
-        ("palette_clear.png", Image.fromarray(RGB).quantize(64), {"transparency": bytes(range(64))}, None),
-        ("sixteen.png", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("sixteen.tif", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("sixteen.pgm", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("lossless.webp", Image.fromarray(RGB), {"lossless": True}, 0),
-        ("alpha.webp", Image.fromarray(ALPHA), {"lossless": True, "exact": True}, 0),
-        ("cmyk.tif", Image.fromarray(RGB).convert("CMYK"), {}, 0),
-        ("rgb.bmp", Image.fromarray(RGB), {}, 0),
-        ("rgb.ppm", Image.fromarray(RGB), {}, 0),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_format_comes_out_as_rgb(tmp_path, name, image, options, tolerance):
-    """Equal to what was written, within the loss of the format; tolerance None: to PIL's own conversion."""
-    image.save(tmp_path / name, **options)
-    source = RGB if image.mode in ("RGB", "RGBA", "CMYK") else np.dstack([GRAY] * 3)
-    reference = np.asarray(image.convert("RGB")) if tolerance is None else source
-    loaded = data.load_image(tmp_path / name)
-    assert loaded.dtype == torch.uint8 and tuple(loaded.shape) == (3, 40, 56)
-    assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - reference).max() <= (tolerance or 0)
-    if "sixteen" not in name:
-        pil = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-        assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 2
-    luma = data.load_image(tmp_path / name, channels=1)
-    assert tuple(luma.shape) == (1, 40, 56)
-    expected = np.asarray(Image.fromarray(loaded.permute(1, 2, 0).numpy()).convert("L")).astype(int)
-    assert np.abs(luma[0].numpy() - expected).max() <= 3
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.linspace(0, 65535, 40 * 56).round().astype(np.uint16).reshape(40, 56)
-    Image.fromarray(levels).save(tmp_path / "ramp.png")
-    assert np.array_equal(data.load_image(tmp_path / "ramp.png", 1)[0].numpy(), np.rint(levels / 257).astype(np.uint8))
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation, extension):
-    path = jpeg_with_orientation(tmp_path / f"turned.{extension}", RGB, orientation)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
-    loaded = data.load_image(path).permute(1, 2, 0).numpy()
-    assert loaded.shape == expected.shape == ((40, 56, 3) if orientation < 5 else (56, 40, 3))
-    assert np.abs(loaded - expected).max() <= 2
-
-
-@pytest.mark.parametrize(
-    "name", ["a.jpg", "gray.jpg", "progressive.jpg", "cmyk.jpg", "a.png", "a.webp", "a.bmp", "a.tif"]
-)
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
-def test_a_truncated_file_is_a_bad_image(tmp_path, name, kept):
-    pixels = Image.fromarray(picture(120, 160)).convert({"gray.jpg": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB"))
-    pixels.save(tmp_path / name, **({"progressive": True} if name == "progressive.jpg" else {}))
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(data.BadImage):
-        data.load_image(tmp_path / name)
-
-
-def test_other_bad_files_are_bad_images(tmp_path):
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "folder.jpg").mkdir()
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
-    pgm = b"P5 %d 10000 255 "
-    (tmp_path / "large.pgm").write_bytes(pgm % 10000)  # above PIL's limit
-    (tmp_path / "bomb.pgm").write_bytes(pgm % 20000)  # above twice the limit, where PIL itself refuses
-    reasons = {
-        "text.jpg": "not an image",
-        "folder.jpg": "directory",
-        "missing.jpg": "No such file",
-        "float.tif": "float",
-    }
-    for name, reason in (*reasons.items(), ("large.pgm", "10000 x 10000 px"), ("bomb.pgm", "bomb")):
-        with pytest.raises(data.BadImage, match=reason) as error:
-            data.load_image(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"):
-        path = write(tmp_path / name, picture(40, 56))
-        whole = np.frombuffer(path.read_bytes(), np.uint8)
-        for _ in range(60):
-            damaged = whole.copy()
-            places = rng.integers(0, min(len(whole), 400), 4)
-            damaged[places] = rng.integers(0, 256, 4)
-            path.write_bytes(damaged.tobytes())
-            try:
-                assert data.load_image(path).shape[0] == 3
-            except data.BadImage as error:
-                assert "\n" not in str(error)
-
-
 # Loader
 
 
@@ -157,7 +36,7 @@ def test_order_of_an_epoch_is_a_permutation_that_changes():
 
 
 def read_epoch(args, batch_size, epoch=0, first_step=0, **options):
-    images = data.open_dataset(args)
+    images = open_dataset(args)
     return list(data.TrainLoader(images, args, batch_size, **options).epoch(epoch, first_step))
 
 
@@ -185,7 +64,7 @@ def test_bad_files_are_replaced_named_once_and_alike_with_any_number_of_workers(
     for workers in (0, 1, 3):
         args = folder_args(some_bad, "--max_bad_images", 0.1)
         args.num_workers = workers
-        images = data.open_dataset(args)
+        images = open_dataset(args)
         loader = data.TrainLoader(images, args, 8)
         epochs[workers] = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
         bad_names = {os.path.basename(name) for name in loader.bad_images}
@@ -203,7 +82,7 @@ def test_bad_files_are_replaced_named_once_and_alike_with_any_number_of_workers(
 
 def test_too_many_bad_files_end_the_run(some_bad):
     args = folder_args(some_bad)
-    loader = data.TrainLoader(data.open_dataset(args), args, 8)
+    loader = data.TrainLoader(open_dataset(args), args, 8)
     list(loader.epoch(0))
     with pytest.raises(UserError, match=r"4 of 40 images .*--max_bad_images allows 0.01.*\.png"):
         loader.check_bad_images()
@@ -219,7 +98,7 @@ def test_when_nothing_can_be_read_the_run_ends(tmp_path, workers):
     args = folder_args(tmp_path)
     args.num_workers = workers
     with pytest.raises(UserError, match="in a row") as error:
-        list(data.TrainLoader(data.open_dataset(args), args, 4).epoch(0))
+        list(data.TrainLoader(open_dataset(args), args, 4).epoch(0))
     assert "\n" not in str(error.value)
 
 
@@ -227,7 +106,7 @@ def test_when_nothing_can_be_read_the_run_ends(tmp_path, workers):
 def test_resumed_equals_uninterrupted(class_folders, workers):
     args = folder_args(class_folders)
     args.num_workers = workers
-    loader = data.TrainLoader(data.open_dataset(args), args, 4)
+    loader = data.TrainLoader(open_dataset(args), args, 4)
     next(iter(loader.epoch(0)))  # leaves the epoch half-way
     whole, resumed = list(loader.epoch(7)), list(loader.epoch(7, first_step=3))
     assert len(whole) == loader.steps_per_epoch == 6 and len(resumed) == 3
@@ -239,9 +118,9 @@ def test_resumed_equals_uninterrupted(class_folders, workers):
 
 def test_skipped_steps_are_not_read(class_folders, monkeypatch):
     args, read = folder_args(class_folders), []
-    load = data.FolderImages.load
-    monkeypatch.setattr(data.FolderImages, "load", lambda self, index, c: read.append(index) or load(self, index, c))
-    list(data.TrainLoader(data.open_dataset(args), args, 4).epoch(0, first_step=4))
+    load = FolderImages.load
+    monkeypatch.setattr(FolderImages, "load", lambda self, index, c: read.append(index) or load(self, index, c))
+    list(data.TrainLoader(open_dataset(args), args, 4).epoch(0, first_step=4))
     assert len(read) == 8
 
 
@@ -275,7 +154,7 @@ def test_an_epoch_visits_each_image_once_and_epochs_differ(photographs):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_counts_each_image_once(class_folders, workers):
-    images = data.open_dataset(folder_args(class_folders))
+    images = open_dataset(folder_args(class_folders))
     options = {"batch_size": 4, "num_workers": workers}
     ranks = [
         list(data.eval_batches(images, 32, 3, (0.5,) * 3, (0.2,) * 3, rank=r, world_size=2, **options)) for r in (0, 1)
@@ -287,8 +166,8 @@ def test_evaluation_counts_each_image_once(class_folders, workers):
 
 
 def test_evaluation_transform_is_dinos(class_folders):
-    images = data.open_dataset(folder_args(class_folders))
-    mean, std = data.DATASETS["imagefolder"]["mean"], data.DATASETS["imagefolder"]["std"]
+    images = open_dataset(folder_args(class_folders))
+    mean, std = DATASETS["imagefolder"]["mean"], DATASETS["imagefolder"]["std"]
     t = torchvision.transforms
     transform = t.Compose([t.Resize(37, interpolation=3), t.CenterCrop(32), t.ToTensor(), t.Normalize(mean, std)])
     for indices, x in data.eval_batches(images, 32, 3, mean, std, 8):
@@ -298,7 +177,7 @@ def test_evaluation_transform_is_dinos(class_folders):
 
 
 def test_evaluation_of_sets_in_memory(photographs):
-    images = data.ArrayImages("some", photographs)
+    images = ArrayImages("some", photographs)
     indices, x = zip(*data.eval_batches(images, 32, 3, (0.5,) * 3, (0.25,) * 3, 24), strict=True)
     assert [len(i) for i in indices] == [24, 24, 16]
     torch.testing.assert_close(torch.cat(x), (photographs / 255 - 0.5) / 0.25)
@@ -310,223 +189,10 @@ def test_evaluation_of_sets_in_memory(photographs):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_stops_at_a_bad_file(some_bad, workers):
-    images = data.open_dataset(folder_args(some_bad))
+    images = open_dataset(folder_args(some_bad))
     with pytest.raises(UserError, match=r"03\.png") as error:
         list(data.eval_batches(images, 32, 3, (0,) * 3, (1,) * 3, 8, num_workers=workers))
     assert "\n" not in str(error.value)
-
-
-# Data sets
-
-
-def test_class_folders(class_folders):
-    images = data.open_dataset(folder_args(class_folders))
-    reference = torchvision.datasets.ImageFolder(class_folders)
-    assert images.classes == reference.classes and images.labels.tolist() == reference.targets
-    assert [images.name(i) for i in range(len(images))] == [path for path, _ in reference.samples]
-    assert images.labels.dtype == np.int64 and images.channels == 3
-
-
-def test_class_list(class_folders, tmp_path):
-    listing = tmp_path / "list.txt"
-    for text in ("cat ant", "ant\ncat\n", "\n cat\n\nant  "):
-        listing.write_text(text)
-        images = data.open_dataset(folder_args(class_folders, "--class_list", listing))
-        assert images.classes == ["ant", "cat"] and images.labels.tolist() == [0] * 8 + [1] * 10
-        assert all("bee" not in images.name(i) for i in range(18))
-        assert images.load(17).shape == (3, 49, 42)
-    for text, message in (("ant dog", "1 of its 2 classes are not in.*dog"), ("", "empty")):
-        listing.write_text(text)
-        with pytest.raises(UserError, match=message):
-            data.open_dataset(folder_args(class_folders, "--class_list", listing))
-    with pytest.raises(UserError, match="cannot be read"):
-        data.open_dataset(folder_args(class_folders, "--class_list", tmp_path / "none.txt"))
-
-
-def test_class_names_with_blanks(tmp_path):
-    for name in ("golden retriever", "pug", "retriever"):
-        write(tmp_path / "images" / name / "a.png", picture(8, 8))
-    (tmp_path / "list").write_text("golden retriever\npug\n")
-    images = data.open_dataset(folder_args(tmp_path / "images", "--class_list", tmp_path / "list"))
-    assert images.classes == ["golden retriever", "pug"]
-
-
-def test_imagenet100_is_a_hundred_wordnet_ids():
-    names = (Path(data.__file__).parent / "imagenet100_classes.txt").read_text().split()
-    assert len(names) == len(set(names)) == 100 and all(len(n) == 9 and n[0] == "n" and n[1:].isdigit() for n in names)
-
-
-def test_unlabelled_flat_and_nested_folders(tmp_path):
-    for name in ("b.png", "a.JPEG", "deep/er/c.webp", "notes.txt.png", ".hidden.png"):
-        write(tmp_path / name, picture(8, 8))
-    (tmp_path / "readme.txt").write_text("no image")
-    images = data.open_dataset(folder_args(tmp_path))
-    assert images.labels is None and images.classes is None
-    assert names_below(tmp_path, images) == ["a.JPEG", "b.png", "deep/er/c.webp", "notes.txt.png"]
-    below = data.open_dataset(folder_args(tmp_path / "deep"))
-    assert len(below) == 1 and below.labels is None
-    (tmp_path / "list").write_text("a.JPEG\n")
-    with pytest.raises(UserError, match="class folders"):
-        data.open_dataset(folder_args(tmp_path, "--class_list", tmp_path / "list"))
-
-
-def names_below(root, images):
-    return [os.path.relpath(images.name(index), root) for index in range(len(images))]
-
-
-def test_text_file_of_paths(tmp_path):
-    write(tmp_path / "images" / "b.png", picture(8, 8))
-    elsewhere = write(tmp_path / "else where" / "ä a.png", picture(9, 8))
-    listing = tmp_path / "list.txt"
-    listing.write_text(f"images/b.png\n\n{elsewhere}\n")
-    images = data.open_dataset(folder_args(listing))
-    assert len(images) == 2 and images.labels is None
-    assert images.load(0).shape == (3, 8, 8) and images.load(1).shape == (3, 9, 8)
-    assert images.name(1) == str(elsewhere)
-    with pytest.raises(UserError, match="list of images"):
-        data.open_dataset(folder_args(listing), "val")
-    listing.write_text("\n")
-    with pytest.raises(UserError, match="names no image"):
-        data.open_dataset(folder_args(listing))
-
-
-def test_splits(tmp_path):
-    for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", "val/b/3.png"):
-        write(tmp_path / name, picture(8, 8))
-    for path in (tmp_path, tmp_path / "train"):
-        assert len(data.open_dataset(folder_args(path))) == 2
-        assert len(data.open_dataset(folder_args(path), "val")) == 3
-    with pytest.raises(UserError, match=r"looked for .*train/a/val and .*train/a/test"):
-        data.open_dataset(folder_args(tmp_path / "train" / "a"), "val")
-
-
-def test_links_are_followed_but_loops_and_broken_ones_end_nothing(tmp_path):
-    write(tmp_path / "a" / "x.png", picture(8, 8))
-    write(tmp_path.parent / f"{tmp_path.name}_outside" / "y.png", picture(8, 8))
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "b").symlink_to(tmp_path.parent / f"{tmp_path.name}_outside")
-    (tmp_path / "b" / "broken.png").symlink_to(tmp_path / "nothing")
-    images = data.open_dataset(folder_args(tmp_path))
-    assert names_below(tmp_path, images) == ["a/x.png", "b/broken.png", "b/y.png"]
-    with pytest.raises(data.BadImage):
-        images.load(1)
-
-
-def test_file_names_that_are_not_utf8(tmp_path, capsys):
-    write(tmp_path / "good.png", picture(8, 8))
-    os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
-    images = data.open_dataset(folder_args(tmp_path))
-    assert images.name(0).endswith("caf\\xe9.png") and images.load(0).shape == (3, 8, 8)
-
-
-def test_fingerprint_follows_names_and_pixels(class_folders, tmp_path, photographs):
-    prints = [data.open_dataset(folder_args(class_folders)).fingerprint]
-    (tmp_path / "list").write_text("ant bee")
-    prints.append(data.open_dataset(folder_args(class_folders, "--class_list", tmp_path / "list")).fingerprint)
-    prints += [data.ArrayImages("a", photographs).fingerprint, data.ArrayImages("a", photographs.flip(0)).fingerprint]
-    assert len(set(prints)) == 4 and prints[2] == data.ArrayImages("b", photographs.clone()).fingerprint
-    assert prints[0] == data.open_dataset(folder_args(class_folders)).fingerprint
-
-
-def test_fingerprint_notices_images_made_anew_under_the_same_names(tmp_path):
-    write(tmp_path / "a.png", picture(8, 8))
-    first, again = (data.open_dataset(folder_args(tmp_path)).fingerprint for _ in range(2))
-    write(tmp_path / "a.png", picture(9, 9))
-    assert first == again != data.open_dataset(folder_args(tmp_path)).fingerprint
-
-
-def test_names_take_little_memory():
-    names = [b"n%08d/n%08d_%d.JPEG" % (i % 1000, i % 1000, i) for i in range(100_000)]
-    images = data.FolderImages("/data", names)
-    assert images.bytes.nbytes + images.ends.nbytes < 40 * len(names)
-    assert images.name(99_999) == "/data/" + names[-1].decode() and images.name(0) == "/data/" + names[0].decode()
-
-
-def idx(array):
-    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
-
-
-@pytest.mark.parametrize("below", ["", "FashionMNIST/raw"])
-@pytest.mark.parametrize("zipped", [False, True])
-def test_fashion_mnist_files_in_data_path(tmp_path, below, zipped):
-    rng, folder = np.random.default_rng(0), tmp_path / below
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = rng.integers(0, 256, (10, 28, 28), np.uint8), np.arange(10, dtype=np.uint8)
-    for name, array in (("train-images-idx3-ubyte", pixels), ("train-labels-idx1-ubyte", labels)):
-        content = idx(array)
-        (folder / (name + ".gz" * zipped)).write_bytes(gzip.compress(content) if zipped else content)
-    images = data.open_dataset(make_args("--data_path", tmp_path))
-    assert np.array_equal(images.data[:, 0].numpy(), pixels) and images.labels.tolist() == list(range(10))
-    assert images.channels == 1 and len(images.classes) == 10 and images.name(3) == "fashion_mnist/train[3]"
-    (folder / ("train-images-idx3-ubyte" + ".gz" * zipped)).write_bytes(
-        b"\x1f\x8b rubbish" if zipped else idx(pixels)[:-5]
-    )
-    with pytest.raises(UserError, match="damaged"):
-        data.open_dataset(make_args("--data_path", tmp_path))
-
-
-def test_fashion_mnist_nowhere_is_one_line_with_three_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(UserError, match=r"--data_path.*dataset-fashion-mnist.*network") as error:
-        data.open_dataset(make_args("--data_path", tmp_path))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(not os.path.isdir(data.DEBIAN_FASHION_MNIST), reason="needs Debian's package dataset-fashion-mnist")
-def test_fashion_mnist_of_debian(tmp_path):
-    for split, count in (("train", 60000), ("val", 10000)):
-        images = data.open_dataset(make_args("--data_path", tmp_path), split)
-        assert len(images) == count and np.bincount(images.labels).tolist() == [count // 10] * 10
-    images = data.open_dataset(make_args())
-    assert (
-        abs(images.data.float().mean() / 255 - 0.2860) < 1e-3 and abs(images.data.float().std() / 255 - 0.3530) < 1e-3
-    )
-
-
-def test_cifar_and_svhn_from_torchvisions_files(tmp_path, monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    names = [str(n) for n in range(10)]
-    cifar = SimpleNamespace(data=pixels, targets=[3, 1, 2, 0, 5, 4], classes=names)
-    svhn = SimpleNamespace(data=pixels.transpose(0, 3, 1, 2), labels=np.array([3, 1, 2, 0, 5, 4]))
-    for name, found in (("CIFAR10", cifar), ("CIFAR100", cifar), ("SVHN", svhn)):
-        monkeypatch.setattr(torchvision.datasets, name, lambda root, found=found, **options: found)
-        images = data.open_dataset(make_args("--dataset", name.lower(), "--data_path", tmp_path))
-        assert np.array_equal(images.data.permute(0, 2, 3, 1).numpy(), pixels) and images.labels.tolist() == [
-            3,
-            1,
-            2,
-            0,
-            5,
-            4,
-        ]
-
-
-def test_a_set_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    with pytest.raises(UserError, match=r"cifar10 is not in .* and cannot be downloaded") as error:
-        data.open_dataset(make_args("--dataset", "cifar10", "--data_path", tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_wrong_paths_are_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no images in .*\.jpg"):
-        data.open_dataset(folder_args(tmp_path))
-    with pytest.raises(UserError, match="nowhere cannot be read: No such file"):
-        data.open_dataset(folder_args(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="needs --data_path"):
-        data.open_dataset(make_args("--dataset", "imagefolder"))
-    write(tmp_path / "a.png", picture(8, 8))
-    with pytest.raises(UserError, match="1 images do not fill one batch of 8"):
-        args = folder_args(tmp_path)
-        data.TrainLoader(data.open_dataset(args), args, 4, world_size=2)
-
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        data.open_dataset(folder_args(tmp_path))
 
 
 # Flags

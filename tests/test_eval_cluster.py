@@ -20,11 +20,12 @@ from pyarrow import parquet
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics.cluster import contingency_matrix
 
-import data
 import eval_cluster
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
-from eval_cluster import clustering_scores, expected_mutual_information, kmeans, mean_features, merge
+from evaluation import clustering
+from evaluation.clustering import clustering_scores, expected_mutual_information, kmeans, mean_features, merge
+from images import ArrayImages
 from utils import UserError
 
 
@@ -52,7 +53,7 @@ def test_expected_information_is_scikit_learn_s_and_the_mean_over_permutations()
         theirs = sklearn.metrics.cluster.expected_mutual_information(table, num)
         assert expected_mutual_information(*sizes) == pytest.approx(theirs, rel=1e-9)
     scores = clustering_scores(labels, codes, num_permutations=400)
-    by_formula = theirs / sum(eval_cluster.entropy(x) / 2 for x in sizes)
+    by_formula = theirs / sum(clustering.entropy(x) / 2 for x in sizes)
     assert scores["nmi_chance"] == pytest.approx(by_formula, abs=5 * scores["nmi_chance_std"] / math.sqrt(400))
 
 
@@ -244,10 +245,10 @@ def test_codes_are_merged_by_what_the_flag_names(match_on):
     vectors = np.empty((51, 8))  # (K, F)
     vectors[names] = x[[np.flatnonzero(labels == i % 5)[0] for i in range(51)]]
     head = SimpleNamespace(codes=torch.from_numpy(vectors.T if match_on == "codes" else noise[:51].T))
-    subject = SimpleNamespace(name="a", model=SimpleNamespace(head=head))
+    evaluated = SimpleNamespace(name="a", model=SimpleNamespace(head=head))
     args, notes = SimpleNamespace(match_k=[31, 5], match_on=match_on, seed=0), []
     features = x if match_on == "features" else noise.astype(np.float32)
-    ((method, clusters),) = eval_cluster.merged_clusterings(subject, features, codes, args, notes)
+    ((method, clusters),) = eval_cluster.merged_clusterings(evaluated, features, codes, args, notes)
     assert method == "codes merged to 5"
     assert sklearn.metrics.adjusted_rand_score(labels, clusters) == 1
     assert notes == ["a: 30 codes in use, they cannot be merged to 31"]
@@ -337,7 +338,7 @@ def test_by_default_as_many_clusters_as_classes(folder, tmp_path):
 
 
 def test_export_keeps_the_order_of_images(tmp_path):
-    images = data.ArrayImages("x", torch.zeros(3, 1, 2, 2, dtype=torch.uint8), np.array([1, 0, 1]), ["ant", "bee"])
+    images = ArrayImages("x", torch.zeros(3, 1, 2, 2, dtype=torch.uint8), np.array([1, 0, 1]), ["ant", "bee"])
     eval_cluster.export(f"{tmp_path}/x.csv", images, {("a.pth", "codes"): np.array([5, 3, 9])})
     assert (tmp_path / "x.csv").read_text().split() == [
         "image,label,class,codes", "x[0],1,bee,5", "x[1],0,ant,3", "x[2],1,bee,9",

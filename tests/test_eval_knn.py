@@ -10,7 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import eval_knn
 from backbones import build_backbone
-from eval_knn import knn_accuracy, knn_classify
+from evaluation import knn
+from evaluation.knn import knn_accuracy, knn_classify
 from utils import UserError
 
 
@@ -97,7 +98,7 @@ def test_more_than_a_thousand_classes():
 
 
 def test_a_chunk_stays_within_the_stated_memory(monkeypatch):
-    monkeypatch.setattr(eval_knn, "MEMORY_MB", 1)
+    monkeypatch.setattr(knn, "MEMORY_MB", 1)
     votes = []
     topk = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **kw: votes.append(x.nbytes) or topk(x, *a, **kw))

@@ -11,12 +11,14 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 
 import augmentation
+import checkpoint
 import data
 import eval_linear
-import features
-import linear_probe
-import utils
+import images as images_module
+import pretrained
 from backbones import build_backbone
+from evaluation import linear_probe
+from images import ArrayImages, open_dataset
 from pictures import make_args, photographs
 
 NUM_CLASSES, TRAIN, VAL = 6, 10, 4  # images per class
@@ -71,7 +73,7 @@ def pixels(folder, split):
 
 
 def model_of(folder, name="resnet.pth"):
-    return features.load_pretrained(folder / name, img_size=16)
+    return pretrained.load_pretrained(folder / name, img_size=16)
 
 
 # ---- on matrices of features -----------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def test_fast_scores_by_hand(folder, tmp_path, capsys):
 def test_test_labels_choose_nothing(folder, tmp_path, monkeypatch):
     eval_linear.main(flags(folder, "--output_dir", tmp_path / "a"))
     (true,) = results(tmp_path / "a")
-    opened = data.open_dataset
+    opened = open_dataset
 
     def permuted(args, split):
         images = opened(args, split)
@@ -112,7 +114,7 @@ def test_test_labels_choose_nothing(folder, tmp_path, monkeypatch):
             images.labels = np.random.default_rng(0).permutation(images.labels)
         return images
 
-    monkeypatch.setattr(data, "open_dataset", permuted)
+    monkeypatch.setattr(images_module, "open_dataset", permuted)
     eval_linear.main(flags(folder, "--output_dir", tmp_path / "b"))
     (wrong,) = results(tmp_path / "b")
     assert {name: value for name, value in wrong.items() if name not in ("top1", "top5", "per_class")} == {
@@ -142,7 +144,7 @@ def test_adam_and_several_models_in_one_table(folder, tmp_path):
 def test_a_view_is_a_crop_that_pil_resizes():
     images = photographs()
     args = make_args("--dataset", "cifar10")
-    loader = data.TrainLoader(data.ArrayImages("some", images), args, 64, recipe=augmentation.make_crop_recipe(args))
+    loader = data.TrainLoader(ArrayImages("some", images), args, 64, recipe=augmentation.make_crop_recipe(args))
     (batch,) = loader.epoch(3)
     (view,) = loader.augment(batch, "cpu")
     assert loader.num_views == 1
@@ -166,7 +168,7 @@ def run_by_hand(folder, epochs, batch_size=20, lr=0.5):
     """SGD and cosine written out, in float64: weights, biases and the mean loss of each epoch."""
     args = make_args("--dataset", "imagefolder", "--data_path", folder, "--img_size", 16, "--mean", *[0.5] * 3,
                      "--std", *[0.25] * 3, "--num_workers", 0)  # fmt: skip
-    images, model = data.open_dataset(args), model_of(folder)
+    images, model = open_dataset(args), model_of(folder)
     loader = data.TrainLoader(images, args, batch_size, recipe=augmentation.make_crop_recipe(args))
     torch.manual_seed(0)
     head = torch.nn.Linear(8, NUM_CLASSES)
@@ -192,7 +194,7 @@ def run_by_hand(folder, epochs, batch_size=20, lr=0.5):
 def test_training_is_sgd_with_a_cosine_written_out(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 4))
     weight, bias, losses = run_by_hand(folder, epochs=4)
-    kept = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    kept = checkpoint.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(kept["state_dict"]["module.linear.weight"].double(), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(kept["state_dict"]["module.linear.bias"].double(), bias, rtol=1e-4, atol=1e-6)
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -207,7 +209,7 @@ def test_the_score_is_the_last_epochs(folder, tmp_path):
     (row,), log = results(tmp_path), [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log if "test_acc1" in line] == [0, 3, 6]
     val, labels = pixels(folder, "val")
-    state = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")["state_dict"]
+    state = checkpoint.load_checkpoint(tmp_path / "checkpoint.pth.tar")["state_dict"]
     with torch.no_grad():
         val = model_of(folder)(val)
     logits = F.linear(val, state["module.linear.weight"], state["module.linear.bias"])
@@ -234,7 +236,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch, cap
             eval_linear.main(dino(folder, tmp_path / "parts", "--epochs", 5))
     eval_linear.main(dino(folder, tmp_path / "parts", "--epochs", 5))
     assert calls == [0, 1, 1, 2, 2, 3, 4]
-    whole, parts = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts"))
+    whole, parts = (checkpoint.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts"))
     assert repr(flattened(whole)) == repr(flattened(parts))
     assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
@@ -256,7 +258,7 @@ def flattened(value):
 
 def test_dinos_script_opens_the_checkpoint_and_ours_opens_dinos(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 2))
-    ours = utils.load_checkpoint(tmp_path / "checkpoint.pth.tar")
+    ours = checkpoint.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     theirs = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"linear": torch.nn.Linear(8, NUM_CLASSES)})})
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2, eta_min=0)
@@ -309,7 +311,7 @@ def test_several_models_have_folders_of_their_own(folder, tmp_path):
     both.insert(1, str(folder / "vit.pth"))
     eval_linear.main(both)
     for name, width in (("vit", 192), ("resnet", 8)):
-        state = utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar")["state_dict"]
+        state = checkpoint.load_checkpoint(tmp_path / name / "checkpoint.pth.tar")["state_dict"]
         assert state["module.linear.weight"].shape == (NUM_CLASSES, width)
         assert (tmp_path / f"confusion_{name}.png").exists()
     assert [row["checkpoint"] for row in results(tmp_path)] == ["vit.pth", "resnet.pth"]
@@ -328,7 +330,7 @@ def main_in_group(rank, argv):
 def test_two_processes_are_one_with_their_joined_batch(folder, tmp_path, run_in_processes):
     eval_linear.main(dino(folder, tmp_path / "one", "--epochs", 3))
     run_in_processes(main_in_group, dino(folder, tmp_path / "two", "--epochs", 3, "--batch_size_per_gpu", 10))
-    one, two = (utils.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
+    one, two = (checkpoint.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
     for name in ("module.linear.weight", "module.linear.bias"):
         torch.testing.assert_close(one["state_dict"][name], two["state_dict"][name], rtol=1e-5, atol=1e-6)
     for first, second in zip(one["log"], two["log"], strict=True):

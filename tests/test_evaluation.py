@@ -12,9 +12,12 @@ from PIL import Image
 
 import evaluation
 from backbones import build_backbone
+from checkpoint import load_checkpoint
 from cplearn_head import CPLearnHead
-from evaluation import extract_all, open_images, open_subjects, report, short_names
+from evaluation import extract_all, extract_features, open_images, open_models, report, short_names
+from images import FolderImages
 from pictures import write_class_folders
+from pretrained import PretrainedModel
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -33,11 +36,11 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         torch.save({"teacher": state | head, "student": state | head, "args": args}, folder / name / "checkpoint.pth")
     torch.manual_seed(7)
-    models = {
+    states = {
         "student": {f"module.backbone.{k}": v for k, v in vit().items()},
         "teacher": {f"backbone.{k}": v for k, v in vit().items()},
     }
-    torch.save(models | {"args": argparse.Namespace(arch="vit_tiny", patch_size=8)}, folder / "dino.pth")
+    torch.save(states | {"args": argparse.Namespace(arch="vit_tiny", patch_size=8)}, folder / "dino.pth")
     write_class_folders(folder / "images" / "val")
     return folder
 
@@ -56,26 +59,26 @@ def parsed(folder, *checkpoints, **flags):
 
 def both(folder, **flags):
     args = parsed(folder, "a/checkpoint.pth", "b/checkpoint.pth", dataset="imagefolder", **flags)
-    subjects = open_subjects(args, CPU)
-    return subjects, open_images(subjects, "val")
+    models = open_models(args, CPU)
+    return models, open_images(models, "val")
 
 
 def test_each_model_sees_the_images_as_it_was_trained(folder):
-    subjects, images = both(folder)
-    assert [subject.name for subject in subjects] == ["a", "b"]
-    for (subject, (features, codes)), size in zip(extract_all(subjects, images), (16, 24), strict=True):
-        assert subject.args.img_size == size
+    models, images = both(folder)
+    assert [evaluated.name for evaluated in models] == ["a", "b"]
+    for (evaluated, (features, codes)), size in zip(extract_all(models, images), (16, 24), strict=True):
+        assert evaluated.args.img_size == size
         x = [evaluation.data.resize_and_center_crop(images.load(i), size) for i in range(len(images))]
         x = (torch.stack(x).float() / 255 - 0.5) / (size / 100)
         with torch.no_grad():
-            torch.testing.assert_close(features, subject.model(x), atol=1e-5, rtol=1e-5)
-        assert torch.equal(codes, subject.model.assign(x))
+            torch.testing.assert_close(features, evaluated.model(x), atol=1e-5, rtol=1e-5)
+        assert torch.equal(codes, evaluated.model.assign(x))
 
 
 def test_one_of_several_models_in_a_file_and_baselines(folder):
     given = {"dataset": "imagefolder", "img_size": 16, "baselines": True, "seed": 3}
     args = parsed(folder, "dino.pth:student", "dino.pth", **given)
-    pixels, untrained, student, teacher = open_subjects(args, CPU)
+    pixels, untrained, student, teacher = open_models(args, CPU)
     assert [s.name for s in (pixels, untrained)] == ["raw pixels", "random weights"]
     assert (student.model.settings["checkpoint_key"], teacher.model.settings["checkpoint_key"]) == (
         "student",
@@ -85,15 +88,15 @@ def test_one_of_several_models_in_a_file_and_baselines(folder):
     found = [features for _, (features, _) in extract_all([pixels, untrained, student, teacher], images)]
     assert [x.shape for x in found] == [(27, 768), (27, 192), (27, 192), (27, 192)]
     assert all(not torch.equal(found[i], found[j]) for i, j in ((1, 2), (1, 3), (2, 3)))
-    again = open_subjects(args, CPU)[1]
+    again = open_models(args, CPU)[1]
     assert evaluation.fingerprint(again.model) == evaluation.fingerprint(untrained.model)
 
 
 def test_a_colon_in_a_file_s_own_name(folder):
     name = "a/checkpoint:student.pth"
     os.link(folder / "a" / "checkpoint.pth", folder / name)
-    (subject,) = open_subjects(parsed(folder, name, checkpoint_key="student"), CPU)
-    assert subject.model.settings["checkpoint_key"] == "student"
+    (evaluated,) = open_models(parsed(folder, name, checkpoint_key="student"), CPU)
+    assert evaluated.model.settings["checkpoint_key"] == "student"
     assert evaluation.split_key("lost:file.pth", None) == ("lost:file.pth", None)
 
 
@@ -109,13 +112,13 @@ def test_batch_size_changes_no_feature(folder, sizes):
 
 
 def test_features_are_computed_once_and_then_mapped(folder, tmp_path, monkeypatch):
-    subjects, images = both(folder, features_dir=tmp_path)
-    fresh = [subject._compute(images) for subject in subjects]
-    stored = [subject.extract(images) for subject in subjects]
-    monkeypatch.setattr(evaluation.features, "extract_features", None)  # would fail
+    models, images = both(folder, features_dir=tmp_path)
+    fresh = [evaluated._compute(images) for evaluated in models]
+    stored = [evaluated.extract(images) for evaluated in models]
+    monkeypatch.setattr(evaluation, "extract_features", None)  # would fail
     again, images = both(folder, features_dir=tmp_path, batch_size=3)
-    for expected, first, subject in zip(fresh, stored, again, strict=True):
-        for x, y, z in zip(expected, first, subject.extract(images), strict=True):
+    for expected, first, evaluated in zip(fresh, stored, again, strict=True):
+        for x, y, z in zip(expected, first, evaluated.extract(images), strict=True):
             assert torch.equal(x, y)
             assert torch.equal(x, z)
     found, _ = again[0].extract(images)
@@ -126,8 +129,8 @@ def test_features_are_computed_once_and_then_mapped(folder, tmp_path, monkeypatc
 
 
 def test_whatever_changes_features_changes_their_name(folder, tmp_path):
-    (subject, other), images = both(folder)
-    keys = {subject._cache_key(images), other._cache_key(images)}
+    (evaluated, other), images = both(folder)
+    keys = {evaluated._cache_key(images), other._cache_key(images)}
     for name, value in {
         "img_size": 32,
         "mean": [0.1] * 3,
@@ -142,36 +145,36 @@ def test_whatever_changes_features_changes_their_name(folder, tmp_path):
     changed.model.backbone.block1.conv1.bias[0] += 1e-6
     keys.add(changed._cache_key(images))
     write_class_folders(tmp_path / "val")  # the same names and pictures in another folder
-    subject.args.data_path = str(tmp_path)
-    keys.add(subject._cache_key(open_images([subject], "val")))
+    evaluated.args.data_path = str(tmp_path)
+    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
     Image.new("RGB", (20, 20)).save(tmp_path / "val" / "ant" / "0.jpg")  # made anew
-    keys.add(subject._cache_key(open_images([subject], "val")))
+    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
     (tmp_path / "val" / "ant" / "0.jpg").rename(tmp_path / "val" / "ant" / "00.jpg")
-    keys.add(subject._cache_key(open_images([subject], "val")))
+    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
     assert len(keys) == 11
-    assert subject._cache_key(open_images([subject], "val")) in keys
+    assert evaluated._cache_key(open_images([evaluated], "val")) in keys
 
 
 def test_damaged_features_are_named(folder, tmp_path):
-    (subject, _), images = both(folder, features_dir=tmp_path)
-    subject.extract(images)
-    path = tmp_path / subject._cache_key(images) / "features.npy"
+    (evaluated, _), images = both(folder, features_dir=tmp_path)
+    evaluated.extract(images)
+    path = tmp_path / evaluated._cache_key(images) / "features.npy"
     os.truncate(path, 200)
     with pytest.raises(UserError, match=r"damaged .* remove the folder"):
-        subject.extract(images)
+        evaluated.extract(images)
 
 
 def store_in_two(rank, folder, features_dir):
-    (subject, _), images = both(folder, features_dir=features_dir)
-    return [x.tolist() for x in subject.extract(images)], len(extract_all([subject], images))
+    (evaluated, _), images = both(folder, features_dir=features_dir)
+    return [x.tolist() for x in evaluated.extract(images)], len(extract_all([evaluated], images))
 
 
 def test_two_processes_share_the_work_and_the_file(folder, tmp_path, run_in_processes):
     (first, listed), (second, silent) = run_in_processes(store_in_two, folder, str(tmp_path / "cache"))
     assert first == second
     assert (listed, silent) == (1, 0)  # scores are computed once
-    (subject, _), images = both(folder)
-    features, codes = subject.extract(images)
+    (evaluated, _), images = both(folder)
+    features, codes = evaluated.extract(images)
     torch.testing.assert_close(torch.tensor(first[0]), features, atol=1e-6, rtol=1e-5)
     assert first[1] == codes.tolist()
     assert len(os.listdir(tmp_path / "cache")) == 1
@@ -194,32 +197,32 @@ def test_two_processes_share_the_work_and_the_file(folder, tmp_path, run_in_proc
 )
 def test_models_that_cannot_be_compared(folder, checkpoints, flags, message):
     with pytest.raises(UserError, match=message):
-        open_subjects(parsed(folder, *checkpoints, **flags), CPU)
+        open_models(parsed(folder, *checkpoints, **flags), CPU)
 
 
 def test_images_without_labels_or_of_one_class(folder, tmp_path):
-    (subject, _), _ = both(folder)
+    (evaluated, _), _ = both(folder)
     for name, classes in (("flat", ["."]), ("single", ["a", "b"])):
         for label in classes:
             (tmp_path / name / "val" / label).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / name / "val" / classes[0] / "x.png")
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "val" / "y.png")
-    subject.args.data_path = str(tmp_path / "flat")
-    assert len(open_images([subject], "val")) == 2
-    assert open_images([subject], "val", labels_for="purity", required=False).labels is None
+    evaluated.args.data_path = str(tmp_path / "flat")
+    assert len(open_images([evaluated], "val")) == 2
+    assert open_images([evaluated], "val", labels_for="purity", required=False).labels is None
     with pytest.raises(UserError, match="its val images have no labels; purity needs two class folders"):
-        open_images([subject], "val", labels_for="purity")
+        open_images([evaluated], "val", labels_for="purity")
     (tmp_path / "empty" / "val").mkdir(parents=True)
-    subject.args.data_path = str(tmp_path / "empty")
+    evaluated.args.data_path = str(tmp_path / "empty")
     with pytest.raises(UserError, match="no images in"):
-        open_images([subject], "val")
-    one = evaluation.data.FolderImages("x", [b"a", b"b"], np.array([1, 1]), ["c", "d"])
-    subject.args.data_path = "one"
+        open_images([evaluated], "val")
+    one = FolderImages("x", [b"a", b"b"], np.array([1, 1]), ["c", "d"])
+    evaluated.args.data_path = "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation.data, "open_dataset", lambda args, split: one)
+        patch.setattr(evaluation.image_sets, "open_dataset", lambda args, split: one)
         for required in (True, False):
             with pytest.raises(UserError, match="are of one class; purity needs two"):
-                open_images([subject], "val", labels_for="purity", required=required)
+                open_images([evaluated], "val", labels_for="purity", required=required)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -243,10 +246,10 @@ def test_names_of_files():
 
 def test_report_writes_a_table_that_both_people_and_programs_read(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/eval_some.py", "--data_path", "my images"])
-    subjects, _ = both(folder, output_dir=tmp_path / "out")
+    models, _ = both(folder, output_dir=tmp_path / "out")
     rows = [{"checkpoint": "a", "score": 1.25, "extra": [1]}, {"checkpoint": "longer name", "score": None}]
     columns = {"checkpoint": ("checkpoint", ""), "score": ("NMI", ".1f")}
-    report("some", rows, columns, subjects[0].args, subjects, ["A note."], num_images=27)
+    report("some", rows, columns, models[0].args, models, ["A note."], num_images=27)
     table = capsys.readouterr().out
     assert table.splitlines() == [
         "| checkpoint  | NMI |",
@@ -263,3 +266,84 @@ def test_report_writes_a_table_that_both_people_and_programs_read(folder, tmp_pa
     assert (results["num_images"], results["settings"]["seed"]) == (27, 0)
     assert results["models"]["b"]["beta"] == 0.5
     assert {"python", "torch", "numpy", "scikit-learn"} <= results["versions"].keys()
+
+
+def pixels(num):
+    return torch.randn(num, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def batched(images, order, size):
+    """(indices, images) as data.eval_batches yields them."""
+    return ((np.array(order[i : i + size]), images[order[i : i + size]]) for i in range(0, len(order), size))
+
+
+@torch.no_grad()
+def test_features_stand_in_the_data_set_s_order():
+    images, backbone = pixels(11), build_backbone("resnet8", width=6)
+    model = PretrainedModel(backbone, CPLearnHead(6, out_dim=64))
+    order = [7, 0, 3, 10, 1, 9, 2, 8, 4, 6, 5, 7, 3]  # a short last batch, and two images come twice
+    features, codes = extract_features(model, batched(images, order, 4), 11, CPU)
+    torch.testing.assert_close(features, backbone(images), atol=1e-6, rtol=1e-5)
+    assert torch.equal(codes, model.assign(images))
+    assert features.dtype == torch.float32
+    half, _ = extract_features(model, batched(images, order, 4), 11, CPU, precision="bf16")
+    torch.testing.assert_close(half, features, atol=0.02 * features.abs().max().item(), rtol=0)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, features)
+
+
+def test_a_missing_image_is_an_error():
+    with pytest.raises(ValueError, match="1 of 5 images never came, the first has index 3"):
+        extract_features(torch.nn.Flatten(), batched(pixels(5), [0, 1, 2, 4], 2), 5, CPU)
+
+
+def test_extraction_is_in_eval_mode_and_leaves_the_mode_as_it_was():
+    backbone = build_backbone("resnet18").train()
+    before = backbone.bn1.running_mean.clone()
+    features, codes = extract_features(backbone, batched(pixels(4), range(4), 2), 4, CPU)
+    one_by_one, _ = extract_features(backbone, batched(pixels(4), range(4), 1), 4, CPU)
+    torch.testing.assert_close(features, one_by_one, atol=1e-5, rtol=1e-5)  # batch statistics would differ
+    assert backbone.training
+    assert torch.equal(backbone.bn1.running_mean, before)
+    assert codes is None
+    features @ torch.ones(512, 1, requires_grad=True)  # a probe may be trained on them
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_features_that_are_not_finite_are_named(value):
+    images = pixels(5)
+    images[3, 1, 2, 2] = value
+    with pytest.raises(UserError, match=r"the features of a\.pth hold NaN or infinity: did its training diverge"):
+        extract_features(torch.nn.Flatten(), batched(images, range(5), 2), 5, CPU, title="a.pth")
+
+
+def test_raw_pixels_need_no_model():
+    features, codes = extract_features(torch.nn.Flatten(), batched(pixels(5), range(5), 2), 5, CPU)
+    assert torch.equal(features, pixels(5).flatten(1))
+    assert codes is None
+
+
+def extract_in_two(rank, folder):
+    torch.manual_seed(0)
+    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
+    results = {}
+    for num, padding in ((7, []), (7, [0, 1, 2]), (1, [])):
+        order = [*range(num), *padding]  # padded as samplers do, so that some images are seen by both
+        shares = batched(pixels(num), order[rank::2], 2)
+        results[num, len(padding)] = extract_features(model, shares, num, CPU)
+    torch.save(results, f"{folder}/{rank}.pth")
+    with pytest.raises(ValueError, match="1 of 3 images never came"):
+        extract_features(model, batched(pixels(3), [rank], 2), 3, CPU)
+
+
+@torch.no_grad()
+def test_two_processes_have_every_image_exactly_once(tmp_path, run_in_processes):
+    run_in_processes(extract_in_two, str(tmp_path))
+    torch.manual_seed(0)
+    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
+    for rank in range(2):
+        results = load_checkpoint(tmp_path / f"{rank}.pth")
+        assert results.keys() == {(7, 0), (7, 3), (1, 0)}
+        for (num, _), (features, codes) in results.items():
+            torch.testing.assert_close(features, model(pixels(num)), atol=1e-6, rtol=1e-5)
+            assert torch.equal(codes, model.assign(pixels(num)))

@@ -19,8 +19,9 @@ import utils
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
 from evaluation import fingerprint
-from features import load_pretrained
+from images import FolderImages
 from pictures import picture, write
+from pretrained import load_pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_timm_s_images_are_those_of_the_evaluations(img_size, tmp_path):
     path, _ = ours(tmp_path / "checkpoint.pth", "vit_tiny", img_size=img_size, patch_size=16)
     settings = export(path, tmp_path / "out")["pretrained_cfg"]
     file = write(tmp_path / "images" / "a.png", picture(150, 190))
-    files = data.FolderImages(tmp_path / "images", [b"a.png"])
+    files = FolderImages(tmp_path / "images", [b"a.png"])
     _, expected = next(data.eval_batches(files, img_size, 3, [0.4] * 3, [0.3] * 3, batch_size=1))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(in_timm(tmp_path / "out")))
     with Image.open(file) as image:

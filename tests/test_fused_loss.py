@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from cplearn_head import code_temperature, cplearn_loss, rademacher_codes
 from fused_loss import fused_cplearn_loss
-from tiles import default_tile
+from fused_loss.tiles import default_tile
 from utils import all_reduce_mean
 
 B, DIM, K, TILE = 12, 24, 1001, 64  # 15 whole tiles and one of 41 codes
@@ -127,10 +127,10 @@ def test_terms_are_those_of_the_definition_and_carry_no_gradient():
 
 @pytest.mark.parametrize("prior", ["kl", "ce"])
 @pytest.mark.parametrize("kind", ["random", "peaked", "tanh"])
-@pytest.mark.parametrize("streams", ["two", "three"])
-def test_float32_errs_no_more_than_the_plain_form(kind, prior, streams):
+@pytest.mark.parametrize("passes", ["two", "three"])
+def test_float32_errs_no_more_than_the_plain_form(kind, prior, passes):
     views, codes, tau = embeddings(kind, 2, 32, 96, 8191)
-    settings = {"prior": prior, "reduce_mean": None if streams == "two" else lambda mean: mean * 1.0}
+    settings = {"prior": prior, "reduce_mean": None if passes == "two" else lambda mean: mean * 1.0}
     expected, expected_grads = value_and_gradients(cplearn_loss, views, torch.float64, codes, tau, **settings)
     dense, dense_grads = value_and_gradients(cplearn_loss, views, torch.float32, codes, tau, **settings)
     loss, grads = value_and_gradients(fused_cplearn_loss, views, torch.float32, codes, tau, tile=512, **settings)
@@ -140,10 +140,10 @@ def test_float32_errs_no_more_than_the_plain_form(kind, prior, streams):
 
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "tanh"])
-@pytest.mark.parametrize("streams", ["two", "three"])
-def test_bfloat16_errs_no_more_than_the_plain_form(kind, streams):
+@pytest.mark.parametrize("passes", ["two", "three"])
+def test_bfloat16_errs_no_more_than_the_plain_form(kind, passes):
     views, codes, tau = embeddings(kind, 2, 32, 96, 8191)
-    settings = {"reduce_mean": None if streams == "two" else lambda mean: mean * 1.0}
+    settings = {"reduce_mean": None if passes == "two" else lambda mean: mean * 1.0}
     expected, expected_grads = value_and_gradients(cplearn_loss, views, torch.float64, codes, tau, **settings)
     _, dense_grads = value_and_gradients(dense_bf16, views, torch.float32, codes, tau, **settings)
     loss, grads = value_and_gradients(
@@ -218,7 +218,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, BFLOAT16])
-@pytest.mark.parametrize("reduce_mean", [None, halfway], ids=["two streams", "three"])
+@pytest.mark.parametrize("reduce_mean", [None, halfway], ids=["two passes", "three"])
 def test_no_tensor_of_images_times_codes(reduce_mean, compute_dtype):
     views, codes, tau = embeddings("random", 4, num_codes=40_000)
     views = [h.float().requires_grad_() for h in views]
@@ -228,7 +228,7 @@ def test_no_tensor_of_images_times_codes(reduce_mean, compute_dtype):
     assert watch.largest == 2 * 40_000 < B * 40_000 / 4  # pbar of two views
 
 
-@pytest.mark.parametrize("reduce_mean", [None, halfway], ids=["two streams", "three"])
+@pytest.mark.parametrize("reduce_mean", [None, halfway], ids=["two passes", "three"])
 def test_no_gradient_pass_unless_something_needs_it(reduce_mean):
     views, codes, tau = embeddings("random")
     forward_only = []

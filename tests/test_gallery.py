@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import gallery
+from evaluation import gallery
+from images import ArrayImages, open_folder
 from pictures import picture, write
 from utils import UserError
 
@@ -38,7 +38,7 @@ def gray_images(num=40, num_classes=4):
     """Image i is of the gray level 5 i, and of class i % num_classes."""
     pixels = torch.arange(num, dtype=torch.uint8).mul(5)[:, None, None, None].expand(-1, 1, 10, 10)
     names = [f"class {label}" for label in range(num_classes)]
-    return data.ArrayImages("gray", pixels, np.arange(num) % num_classes, names)
+    return ArrayImages("gray", pixels, np.arange(num) % num_classes, names)
 
 
 def decoded(tag):
@@ -116,7 +116,7 @@ HOSTILE = [
 def test_hostile_names_stay_text(tmp_path):
     for name in HOSTILE:
         write(tmp_path / "images" / name / f"{name}.png", picture(20, 20))
-    images = data.open_folder(tmp_path / "images", "train")
+    images = open_folder(tmp_path / "images", "train")
     assert images.classes == sorted(HOSTILE, key=lambda name: name.encode(errors="surrogateescape"))
     title = " ".join(HOSTILE)
     paths = gallery.write_gallery(tmp_path / "g", title, images, np.arange(len(images)))
@@ -132,7 +132,7 @@ def test_large_photographs_become_small(tmp_path):
     for i in range(14):  # noise is the worst for JPEG
         noise = np.random.default_rng(i).integers(0, 256, (96, 96, 3)).repeat(2 if i == 3 else 1, axis=0)
         write(tmp_path / "images" / f"{i}.png", noise.astype(np.uint8))
-    images = data.open_folder(tmp_path / "images", "train")
+    images = open_folder(tmp_path / "images", "train")
     page, figure = written(tmp_path, images, np.zeros(14, int))
     sizes = {tag["alt"]: decoded(tag).size for tag in page.all("img")}
     assert len(sizes) == gallery.SHOWN
@@ -154,7 +154,7 @@ def test_the_figure_shows_each_image_in_its_place():
 
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
     write(tmp_path / "images" / "a.png", picture(20, 20))
-    images = data.open_folder(tmp_path / "images", "train")
+    images = open_folder(tmp_path / "images", "train")
     with pytest.raises(UserError, match="the gallery cannot be written"):
         gallery.write_gallery(tmp_path / "nowhere" / "g", "t", images, [0])
     (tmp_path / "images" / "a.png").write_bytes(b"no image")

@@ -11,7 +11,7 @@ import torch
 import hubconf
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
-from features import PretrainedModel, load_pretrained
+from pretrained import PretrainedModel, load_pretrained
 
 HERE = str(Path(hubconf.__file__).parent)
 IMAGES = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))

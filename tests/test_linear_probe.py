@@ -7,9 +7,9 @@ import sklearn.metrics
 import torch
 import torch.nn.functional as F
 
-import linear_probe
 from data import epoch_order
-from linear_probe import fit_adam, fit_grid, fit_selected, hold_out, predict, scores
+from evaluation import linear_probe
+from evaluation.linear_probe import fit_adam, fit_grid, fit_selected, hold_out, predict, scores
 from utils import UserError
 
 NUM_CLASSES = 7

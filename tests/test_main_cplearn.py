@@ -15,11 +15,12 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_cplearn
+from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from runs import assert_same_checkpoint, logged
-from utils import UserError, load_checkpoint
+from utils import UserError
 
 ROOT = Path(main_cplearn.__file__).parent
 NUM_IMAGES, BATCH = 96, 8

@@ -15,8 +15,8 @@ import main_cplearn
 from backbones import build_backbone
 from benchmarks import recipes
 from benchmarks.recipes import A100, REACHED, Counter, Step, fused_attention, least_seconds
+from checkpoint import load_checkpoint
 from cplearn_head import CPLearn, CPLearnHead
-from utils import load_checkpoint
 
 PAGE = Path(main_cplearn.__file__).parent / "docs" / "recipes.md"
 TOKENS, PATCH = 197, 3 * 16 * 16  # of an image of 224 px: 14 x 14 patches and the class token; values in a patch

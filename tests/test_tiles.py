@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import tiles
+from cplearn_head import prior_loss
 from dictionary import STORAGES, Dictionary
-from fused_loss import prior_loss
-from tiles import Slope, Tiles, merge, split_rows
+from fused_loss import tiles
+from fused_loss.tiles import Slope, Tiles, merge, split_rows
 
 DIM, K, TILE, VIEWS, BATCH = 48, 1000, 128, 2, 6
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 2e-3}

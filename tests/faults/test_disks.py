@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from injection import at_call, fill_disk, free_disk, in_turn, make_read_only, make_writable
 
+from checkpoint import load_checkpoint
 from runs import STEPS, assert_same_run, flags, launch, run_to_end
-from utils import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

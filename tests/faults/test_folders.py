@@ -11,8 +11,8 @@ import pytest
 import torch
 from injection import at_call, send, wait_for_file
 
+from checkpoint import load_checkpoint
 from runs import STEPS, assert_same_run, flags, logged, run_to_end, tensors
-from utils import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -39,10 +39,11 @@ import checkpoint
 import eval_linear
 import evaluation
 import export_backbone
-import features
 import hubconf
 import main_cplearn
-from utils import RunFailed, UserError, load_checkpoint
+import pretrained
+from checkpoint import load_checkpoint
+from utils import RunFailed, UserError
 
 RUN = [
     "--dataset", "imagefolder", "--img_size", "32", "--arch", "resnet8", "--width", "16", "--out_dim", "64",
@@ -201,14 +202,14 @@ def resume_flag(root, folder):
 
 
 def evaluate(root, folder):
-    model = features.load_pretrained(model_in(folder))
+    model = pretrained.load_pretrained(model_in(folder))
     return model(images_for(model)).shape, model.assign(images_for(model)), evaluation.fingerprint(model)
 
 
 def export(root, folder):
     words = ["--checkpoint", str(model_in(folder)), "--output_dir", str(folder / "exported"), "--device", "cpu"]
     export_backbone.main.__wrapped__(words)
-    return features.load_pretrained(folder / "exported" / "model.safetensors").settings
+    return pretrained.load_pretrained(folder / "exported" / "model.safetensors").settings
 
 
 def hub(root, folder):

@@ -26,6 +26,7 @@ from PIL import Image
 import data
 import main_cplearn
 import visualize_attention
+from images import BadImage, load_image, open_dataset
 from monitor import drop_lines_after, read_log
 from pictures import folder_args, picture
 from utils import UserError
@@ -61,8 +62,8 @@ def load(case):
     path, canary = Path(root) / "image.jpg", plant_ghostscript(Path(root))
     path.write_bytes(images()[name])
     try:
-        pixels = data.load_image(path, channels)
-    except data.BadImage as error:
+        pixels = load_image(path, channels)
+    except BadImage as error:
         raise UserError(error) from error  # what the judge takes for a refusal
     finally:
         ran = canary.exists()
@@ -262,13 +263,13 @@ def read_list(case):
         os.mkfifo(Path(root) / "pipe")
     if reader == "list":
         args = folder_args(path)
-        loader = data.TrainLoader(data.open_dataset(args), args, batch_size=1)
+        loader = data.TrainLoader(open_dataset(args), args, batch_size=1)
         return next(iter(loader.epoch(0)))
     for number in range(2):
         image = Path(root) / "images" / f"class{number}" / "a.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(originals()["png"])
-    return len(data.open_dataset(folder_args(Path(root) / "images", "--class_list", path)))
+    return len(open_dataset(folder_args(Path(root) / "images", "--class_list", path)))
 
 
 def idx(sizes, content, kind=8):
@@ -315,7 +316,7 @@ def read_idx(case):
                  "--output_dir", f"{folder}/run"]  # fmt: skip
         args = main_cplearn.get_args_parser().parse_args(words)
         data.resolve_dataset_defaults(args)
-        found = data.open_dataset(args)
+        found = open_dataset(args)
         assert len(found) == len(found.labels) and found.data.shape[1:] == (1, 28, 28), "not what the loader says it is"
         assert found.labels.max() < len(found.classes)
     finally:

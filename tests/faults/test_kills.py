@@ -12,8 +12,9 @@ from functools import partial
 import pytest
 from injection import at_call, cut_power, die, die_while_writing, replace, set_clock_back, watch_fsync
 
+from checkpoint import load_checkpoint
 from runs import ROOT, STEPS, TIMEOUT, assert_same_run, flags, logged, run_to_end
-from utils import UNFINISHED, load_checkpoint
+from utils import UNFINISHED
 
 pytestmark = pytest.mark.slow
 

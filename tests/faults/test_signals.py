@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 from injection import at_call, hang, in_turn, send
 
+from checkpoint import load_checkpoint
 from runs import STEPS, assert_same_run, flags, run_to_end
-from utils import UNFINISHED, load_checkpoint
+from utils import UNFINISHED
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,6 @@ The page is one file, with thumbnails inside it: no script, font or link leads o
 Shapes: N images, C channels, H x W px; n images that are shown of a code.
 """
 
-import base64
-import io
 import os
 from html import escape
 from pathlib import Path
@@ -16,19 +14,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import data
 import evaluation
+from evaluation.page import SMALL, html_page, inlined
+from images import BadImage
 from utils import UserError
 
 THUMBNAIL = 96  # px, the longer side
 SHOWN = 12  # images of a code
-SMALL = 32  # px; up to this side PNG is as small as JPEG, and exact
 
 
 def write_gallery(stem, title, images, codes, num_codes=12, seed=0):
     """Writes <stem>.png and <stem>.html; returns their paths.
 
-    images: what `data.open_dataset` returns.  codes: (N,) integers.  title: one line.
+    images: what `images.open_dataset` returns.  codes: (N,) integers.  title: one line.
     num_codes: how many codes to show (those in use, if they are fewer): half of them the fullest, half drawn from the
         others. Of each, `SHOWN` images drawn at random: the first would be of one class, as folders are sorted.
     Size: the page takes at most 14 kB for an image, 2 MB with the defaults.
@@ -76,7 +74,7 @@ def thumbnail(images, index):
     """The image, made smaller where it is larger than `THUMBNAIL`."""
     try:
         pixels = images.load(index, images.channels).permute(1, 2, 0).numpy()  # (H, W, C)
-    except data.BadImage as error:
+    except BadImage as error:
         raise UserError(f"cannot read {images.name(index)}: {error}; see --data_path") from error
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -139,15 +137,6 @@ def label_text(text, most):
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --soft: #595959; --line: #d0d0d0; --paper: #ffffff; }
-@media (prefers-color-scheme: dark) { :root { --text: #ececec; --soft: #b0b0b0; --line: #444444; --paper: #161616; } }
-@media print { :root { --text: #000000; --soft: #333333; --line: #999999; --paper: #ffffff; } nav { display: none; } }
-body { margin: 0 auto; max-width: 84rem; padding: 1rem 1.5rem; background: var(--paper); color: var(--text);
-       font: 1rem/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1rem; margin: 0 0 .4rem; }
-h2 span { font-weight: normal; color: var(--soft); }
-a { color: inherit; }
 nav ul { padding: 0; margin: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 section { border-top: 1px solid var(--line); padding: .8rem 0; break-inside: avoid; }
 section ul { padding: 0; margin: 0; list-style: none; display: grid; gap: .5rem .3rem;
@@ -162,28 +151,13 @@ figcaption { color: var(--soft); font-size: .75rem; line-height: 1.25; overflow:
 
 
 def page(title, groups):
-    """The HTML of a gallery. All text from outside is escaped; the policy forbids scripts and anything from outside."""
+    """The HTML of a gallery."""
     links = "".join(f'<li><a href="#code-{g["code"]}">code {g["code"]}</a> ({g["size"]:,})</li>' for g in groups)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<p>The fullest codes, then some at random; of each up to {SHOWN} images, drawn at random.</p>
-<nav aria-label="Codes"><ul>{links}</ul></nav>
-</header>
-<main>
-{"".join(map(section, groups))}</main>
-</body>
-</html>
-"""
+    header = (
+        f"<p>The fullest codes, then some at random; of each up to {SHOWN} images, drawn at random.</p>\n"
+        f'<nav aria-label="Codes"><ul>{links}</ul></nav>'
+    )
+    return html_page(title, header, "".join(map(section, groups)), STYLE)
 
 
 def section(group):
@@ -206,10 +180,3 @@ def picture(group, i):
         f'<figure title="{escape(said)}"><img{small} alt="{escape(said)}" src="{inlined(image)}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
-
-
-def inlined(image):
-    buffer = io.BytesIO()
-    kind = "png" if max(image.size) <= SMALL else "jpeg"
-    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,13 +1,13 @@
-"""From a checkpoint file to a frozen model, and from a frozen model to a feature matrix.
+"""From any checkpoint file to a frozen model.
 
     model = load_pretrained("runs/checkpoint.pth")            # ours, DINO's, or a bare state dict of DINO's or timm's
-    features, codes = extract_features(model, batches, num_samples, device)      # (N, D) float32, (N,) int64 or None
+    features = model(images)                                  # (B, D); model.assign(images): codes (B,), or None
 
 The file says what it holds: our checkpoints and DINO's carry their settings, timm's safetensors have a config.json
 beside them, for a bare ViT they are read off the tensors' shapes. Nothing is downloaded, nothing in a file is executed,
 and every tensor must find its place.
 
-Shapes: B images per batch, N images in all, D backbone width, K codes.
+Shapes: B images per batch, D backbone width, K codes.
 """
 
 import argparse
@@ -22,18 +22,16 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import utils
 from backbones import build_backbone
+from checkpoint import load_checkpoint
 from cplearn_head import ACTIVATIONS, CPLearnHead
-from utils import UserError
+from utils import PRECISIONS, UserError, choose_precision
 from vision_transformer import VisionTransformer
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std")  # what evaluations take over from the file
 
 
@@ -97,15 +95,6 @@ def choose_dataset(args: argparse.Namespace, models: list["PretrainedModel"]) ->
         files = args.checkpoint if isinstance(args.checkpoint, str) else ", ".join(args.checkpoint)
         raise UserError(f"{files} does not say what it was trained on; name the images with --data_path")
     return said.pop() if said else "imagefolder"
-
-
-def choose_precision(precision, device):
-    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32; other names stay."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 # ---- a file -> a model -----------------------------------------------------------------------------------------------
@@ -270,7 +259,7 @@ def _read(path):
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; expected a file, such as {os.path.join(path, 'checkpoint.pth')}")
     if not str(path).endswith(".safetensors"):
-        checkpoint = utils.load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
     elif not os.path.isfile(path):
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
     else:
@@ -473,80 +462,10 @@ def _load_strictly(module, state, what):
 def _build_head(in_dim, state, activation, path):
     """CPLearn's head, DINO's, or None: for a bare backbone, or one trained with another method's head."""
     if activation is not None and {"linear.weight", "seed", "scale"} <= state.keys():
-        head = CPLearnHead.of_state(in_dim, state, activation)
+        head = CPLearnHead.from_state_dict(in_dim, state, activation)
     elif {"last_layer.weight_g", "last_layer.weight_v"} <= state.keys():
         head = DINOHead(in_dim, state)
     else:
         return None
     _load_strictly(head, state, f"{path}: {type(head).__name__}")
     return head.eval()
-
-
-# ---- a model -> a feature matrix -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract_features(model, batches, num_samples, device, precision="fp32", title=None):
-    """Features of every image, each counted once, in the data set's order.
-
-    model: maps images (B, C, h, w) on `device` to (B, D); put in eval mode for the duration. A `PretrainedModel` with
-        CPLearn's head gives codes too. `torch.nn.Flatten()` gives the raw pixels, the baseline that needs no model.
-    batches: yields (indices (B,), images (B, C, h, w)); under several processes, this process's share of them. An index
-        that comes twice, as when shares are padded to equal length, counts once.
-    num_samples: N; the indices are those from 0 to N - 1, in any order.
-    precision: "fp32", "bf16" or "fp16", of the forward pass.
-    title: the model's name, for messages and for a progress bar on the first process of a terminal; None: no bar.
-    Returns (features (N, D) float32, codes (N,) int64 or None), on CPU, all of them on every process.
-    Raises ValueError where an index never comes, UserError where a feature is NaN or infinite.
-    Memory: N x D x 4 bytes per process.
-    """
-    dtype = PRECISIONS[precision]
-    has_codes = isinstance(model, PretrainedModel) and model.head is not None
-    codes = torch.zeros(num_samples, dtype=torch.int64) if has_codes else None
-    features = torch.zeros(num_samples, 0)  # D is known with the first batch
-    owner = torch.full((num_samples,), utils.world_size())  # rank of the process that has the image; no such rank yet
-    was_training = model.training
-    model.eval()
-    shown = title is not None and utils.rank() == 0 and sys.stderr.isatty()
-    progress = tqdm(total=num_samples, desc=title, unit="image", disable=not shown, leave=False)
-    for indices, images in batches:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            outputs = model(images.to(device, non_blocking=True))
-        outputs = outputs.float()
-        if features.shape[1] == 0:
-            features = torch.zeros(num_samples, outputs.shape[1])
-        indices = torch.as_tensor(indices)
-        features[indices] = outputs.cpu()
-        owner[indices] = utils.rank()
-        if has_codes:
-            codes[indices] = model.assign_features(outputs).cpu()
-        progress.update(len(indices) * utils.world_size())
-    progress.close()
-    model.train(was_training)
-    features, codes = _gather(features, codes, owner)
-    # a row's sum is finite only if all of it is; isfinite(features) would make a second copy of them
-    if not torch.isfinite(features.sum(dim=1)).all():
-        whose = f"the features of {title}" if title else "the features"
-        raise UserError(f"{whose} hold NaN or infinity: did its training diverge? try --precision fp32")
-    return features, codes
-
-
-def _gather(features, codes, owner):
-    """Rows of all processes in one matrix, by a sum: each row has one owner, the lowest rank that saw the image."""
-    if utils.world_size() > 1:
-        dist.all_reduce(owner, op=dist.ReduceOp.MIN)
-    missing = (owner == utils.world_size()).nonzero()
-    if len(missing):
-        raise ValueError(f"{len(missing)} of {len(owner)} images never came, the first has index {int(missing[0])}")
-    if utils.world_size() > 1:
-        width = torch.tensor(features.shape[1])
-        dist.all_reduce(width, op=dist.ReduceOp.MAX)
-        if features.shape[1] == 0:  # fewer images than processes
-            features = torch.zeros(len(owner), int(width))
-        features[owner != utils.rank()] = 0
-        for rows in features.split(65536):  # bounds the buffers of the process group
-            dist.all_reduce(rows)
-        if codes is not None:
-            codes[owner != utils.rank()] = 0
-            dist.all_reduce(codes)
-    return features, codes

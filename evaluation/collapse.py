@@ -1,6 +1,6 @@
 """Has a representation collapsed? The analyses of arXiv 2410.04959 (Fig. 3, 4, 6, 12, 13), tensors in, numbers out.
 
-    verdicts = judge(feature_statistics(x), eigenvalues, tight, usage)     # each of the four collapses, in words
+    verdicts = judge(feature_statistics(x), eigenvalues, tightness, usage)     # each of the four collapses, in words
 
 The first half needs only features, the second CPLearn's embeddings and dictionary: what Theorem 1, its corollaries and
 Lemma 1 promise at the optimum, and how far off a model is.
@@ -14,8 +14,8 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from cplearn_head import loss_lower_bound, nearest_code, prior_floor
-from fused_loss import prior_loss
+from cplearn_head import loss_lower_bound, prior_floor, prior_loss
+from dictionary import nearest_code
 from monitor import diagnose
 
 POWER_LAW_RANKS = (12, 100)  # first and last rank of the fit, as in alpha-ReQ's code
@@ -333,7 +333,7 @@ def certificate(h, codes, tau, beta, prior, eps):
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def judge(statistics, eigenvalues, tight, usage=None, num_images=None, invariance=None):
+def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invariance=None):
     """A sentence for each of the four collapses (section 2 and Fig. 1), by the limits of `monitor.diagnose`.
 
     representation  features differ by less than 1 % of their length
@@ -345,12 +345,12 @@ def judge(statistics, eigenvalues, tight, usage=None, num_images=None, invarianc
     C points span C - 1; both collapses have then happened and both are named. No other implies another.
 
     statistics: `monitor.feature_statistics`.  eigenvalues: (D,) of the features' covariance.
-    tight: `tightness`, the least of several groupings.  usage: `code_usage`, or None.  num_images: N.
+    tightness: `tightness`, the least of several groupings.  usage: `code_usage`, or None.  num_images: N.
     invariance: `certificate`'s, in nats; near log K no code is preferred to another, a saddle and not a collapse.
     Returns ({kind: sentence}, [kinds that have happened]).
     """
     rank, most = effective_rank(eigenvalues), min(len(eigenvalues), num_images or len(eigenvalues))
-    line = {"spread": statistics["spread"], "rankme": rank, "rankme_max": most, "within_code": tight}
+    line = {"spread": statistics["spread"], "rankme": rank, "rankme_max": most, "within_code": tightness}
     if usage is not None:
         line |= {name: usage[name] for name in ("num_codes", "codes_used", "perplexity")}
         line |= {} if num_images is None else {"images_in_epoch": num_images}
@@ -362,12 +362,12 @@ def judge(statistics, eigenvalues, tight, usage=None, num_images=None, invarianc
         "representation": f"features differ by {100 * statistics['spread']:.3g} % of their length",
         "dimensional": f"effective rank {rank:.1f} of {most}",
         "cluster": "no codes" if usage is None else describe_usage(usage),
-        "intracluster": describe_tightness(tight),
+        "intracluster": describe_tightness(tightness),
     }
     if "saddle" in found:
         evidence["saddle"] = f"p is uniform: its entropy is {100 * line['uniformity']:.1f} % of log K"
     unknown = {"cluster"} if usage is None else set()
-    unknown |= {"intracluster"} if math.isnan(tight) else set()
+    unknown |= {"intracluster"} if math.isnan(tightness) else set()
     return {kind: f"{answer(kind, found, unknown)}; {text}" for kind, text in evidence.items()}, found
 
 
@@ -386,7 +386,9 @@ def describe_usage(usage):
     )
 
 
-def describe_tightness(tight):
-    if math.isnan(tight):
+def describe_tightness(tightness):
+    if math.isnan(tightness):
         return "no two images share a group"
-    return f"a tenth of the images are in groups with at most {tight:.2g} of the variance that a Gaussian's would have"
+    return (
+        f"a tenth of the images are in groups with at most {tightness:.2g} of the variance that a Gaussian's would have"
+    )

@@ -1,7 +1,7 @@
 """The Triton kernels against float64 formulas in the interpreter, and what they compile to, both without a GPU.
 
 This file is also the program that runs in the interpreter, whose flag must be set before triton is imported:
-TRITON_INTERPRET=1 python tests/test_triton_loss.py OUT computes every case below and stores the errors in OUT.
+TRITON_INTERPRET=1 python tests/test_triton_kernels.py OUT computes every case below and stores the errors in OUT.
 """
 
 import itertools
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from dictionary import STORAGES, Dictionary, rademacher_codes
 
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 1e-5, 1e-2  # errors, relative to the largest entry
-SHAPES = {"whole": (32, 64, 32, 0, 4, 2), "split": (16, 32, 32, 32, 4, 2)}  # of triton_loss.Shape
+SHAPES = {"whole": (32, 64, 32, 0, 4, 2), "split": (16, 32, 32, 32, 4, 2)}  # of triton_kernels.Shape
 SIZES = {  # B, F, K, standard deviation of the logits, local views, shares
     "odd": (19, 40, 333, 3.0, False, 2),
     "odd-local": (9, 40, 333, 3.0, True, 3),
@@ -48,7 +48,7 @@ def expected_gradient(s, local, signs, lse, offset, slope, agreement):
 
 def errors(storage, size, mode=None, device="cpu", dtype=torch.float32):
     """Largest error of each result, relative to the largest entry, or 1. mode: of SHAPES; None: the tuned shapes."""
-    import triton_loss as kernels
+    from fused_loss import triton_kernels as kernels
 
     batch_size, dim, num_codes, deviation, has_local, shares = SIZES.get(size, size)
     generator = torch.Generator().manual_seed(batch_size + dim)
@@ -145,7 +145,7 @@ def test_kernels_read_the_dictionary(interpreted, storage):
 
 
 def read_codes(storage, shard):
-    import triton_loss as kernels
+    from fused_loss import triton_kernels as kernels
 
     codes = Dictionary(5, 64 * 1000, seed=-3, storage=storage, shard=(shard, 1000))
     exponentials = kernels.means(torch.eye(5), codes, torch.zeros(5), num_views=5)
@@ -198,7 +198,7 @@ def compiled(tmp_path, monkeypatch, kernel, has_local, dim, storage, arch, even)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    import triton_loss as kernels
+    from fused_loss import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     shape = kernels.tuned_shape(kernel, dim, has_local, f"sm_{arch}", storage)
@@ -257,7 +257,7 @@ def test_kernels_equal_the_formulas_on_a_gpu(storage, dim, has_local, dtype):
 
 
 def test_wrong_inputs_stop():
-    import triton_loss as kernels
+    from fused_loss import triton_kernels as kernels
 
     codes = Dictionary(16, 64)
     rows, per_row, slope = torch.zeros(4, 16), torch.zeros(4), torch.zeros(2, 64)

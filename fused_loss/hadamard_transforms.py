@@ -1,11 +1,11 @@
-"""A dictionary of Hadamard blocks, and CPLearn's passes over it by fast transforms: no F x K matrix is ever made.
+"""CPLearn's passes over a dictionary of Hadamard blocks by fast transforms: no F x K matrix is ever made.
 
     W = [W_1 .. W_n],   W_b = diag(signs_b) H    (F, F): -1 and +1      H H^T = F I, signs_b random, the last block cut
     h W_b   = (h * signs_b) H                    a transform: about log2(F) additions per logit in place of F
     W_b a   = signs_b * (H a)                    the same, transposed
 
-Codes of one block are exactly orthogonal, as Theorem 1 of the paper assumes; with K = F, W^T W = F I. H is a Kronecker
-product of a matrix of order 1, 12, 20 or 28 with Sylvester's of a power of two; its first row is ones.
+H, made in dictionary.py, is a Kronecker product of a matrix of order 1, 12, 20 or 28 with Sylvester's of a power of
+two; its first row is ones.
 
 The transforms are hadamard.cpp, for CPUs and float32, compiled at their first use. Elsewhere, and without a compiler,
 the blocks are written out tile by tile and multiplied as any other dictionary.
@@ -15,116 +15,18 @@ the blocks are written out tile by tile and multiplied as any other dictionary.
 
 import ctypes
 import functools
-import math
 import os
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from dictionary import WORD, Dictionary, rademacher_codes
-from tiles import Slope, Tiles
+from dictionary import base_order, hadamard_matrix
+from fused_loss.tiles import Slope, Tiles
 
-PALEY_PRIMES = {12: 11, 20: 19, 28: 13}  # order 28 by the second construction: 2 (13 + 1)
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-SIGNS_STREAM = 0x48414441  # the blocks' signs are not the first rows of a Rademacher dictionary of the same seed
-
-
-# ---- the matrix ------------------------------------------------------------------------------------------------------
-
-
-def hadamard_matrix(order):
-    """H (order, order) int8 of -1 and +1 with H H^T = order * I, its first row ones.
-
-    order: 2^m times 1, 12, 20 or 28. Raises ValueError for any other, and names the nearest two.
-    Sylvester's construction, and Paley's for 12, 20 and 28 (J. Math. Phys. 12, 1933).
-    """
-    base = base_order(order)
-    matrix = np.ones((1, 1), dtype=np.int8) if base == 1 else _paley(base)
-    sylvester = np.ones((1, 1), dtype=np.int8)
-    while len(sylvester) < order // base:
-        sylvester = np.kron(np.array([[1, 1], [1, -1]], dtype=np.int8), sylvester)
-    return torch.from_numpy(np.kron(matrix, sylvester))
-
-
-def base_order(order):
-    """1, 12, 20 or 28: what Sylvester's construction leaves of `order`. Raises ValueError as `hadamard_matrix`."""
-    known = {base * 2**m: base for base in (1, *PALEY_PRIMES) for m in range(24)}
-    if order not in known:
-        below, above = max(n for n in (1, *known) if n <= max(order, 1)), min(n for n in known if n > order)
-        raise ValueError(f"no Hadamard matrix of order {order} here; the nearest orders are {below} and {above}")
-    return known[order]
-
-
-def _paley(order):
-    prime = PALEY_PRIMES[order]
-    squares = {i * i % prime for i in range(1, prime)}
-    residue = np.array([0] + [1 if i in squares else -1 for i in range(1, prime)])  # Legendre's symbol
-    conference = np.zeros((prime + 1, prime + 1), dtype=int)
-    conference[1:, 1:] = residue[np.subtract.outer(range(prime), range(prime)) % prime]
-    conference[0, 1:] = 1
-    if order == prime + 1:  # prime = 3 mod 4: conference is skew
-        conference[1:, 0] = -1
-        matrix = conference + np.eye(order, dtype=int)
-    else:  # prime = 1 mod 4: symmetric
-        conference[1:, 0] = 1
-        matrix = np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(prime + 1, dtype=int), [[1, -1], [-1, -1]])
-    return (matrix * matrix[0]).astype(np.int8)
-
-
-def block_signs(dim, num_blocks, seed=0, first_block=0):
-    """(num_blocks, dim) int8 of -1 and +1, of blocks first_block and on: a pure function of its arguments.
-
-    The hash of (seed, row, block) that gives `rademacher_codes`, of which a block takes one code.
-    """
-    before = first_block % WORD
-    columns = rademacher_codes(dim, before + num_blocks, seed ^ SIGNS_STREAM, first_block - before)
-    return columns[:, before:].T.contiguous()
-
-
-# ---- the dictionary --------------------------------------------------------------------------------------------------
-
-
-class HadamardDictionary(Dictionary):
-    """Blocks of F codes, each a Hadamard matrix whose rows have random signs: `Dictionary`, but for what it keeps.
-
-    data: the signs, (n, F) int8, one per code. storage has no other form of them: only its default is accepted.
-    shard: more than one needs K divisible by F x shards.
-    """
-
-    kind = "hadamard"
-
-    def __init__(self, dim, num_codes, seed=0, storage="int8", shard=(0, 1)):
-        base_order(dim)
-        if storage != "int8":
-            raise ValueError(f"storage is {storage!r}; a Hadamard dictionary keeps one int8 per code, and has no other")
-        super().__init__(dim, num_codes, seed, storage, shard)
-
-    @staticmethod
-    def indivisible(dim):
-        return dim
-
-    def fill(self, packed=None):
-        dim, num_codes = self.shape
-        self.data = block_signs(dim, math.ceil(num_codes / dim), self.seed, self.first // dim).to(self.device)
-
-    def tile(self, start, stop):
-        return self.columns(torch.arange(start, stop, device=self.device))
-
-    def columns(self, index):
-        dim = self.shape[0]
-        return self.data[index // dim].T * _matrix_on(self.device, dim)[:, index % dim]
-
-    def travels_as_bits(self):
-        return False
-
-
-@functools.lru_cache(maxsize=4)
-def _matrix_on(device, order):
-    return hadamard_matrix(order).to(device)
 
 
 # ---- the two passes of the loss --------------------------------------------------------------------------------------
@@ -224,7 +126,13 @@ def _library():
     """hadamard.cpp compiled for this machine, in two seconds once a process; None and a warning where that fails."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "hadamard.so"
-        command = [os.environ.get("CXX", "g++"), *COMPILE, str(Path(__file__).with_suffix(".cpp")), "-o", str(output)]
+        command = [
+            os.environ.get("CXX", "g++"),
+            *COMPILE,
+            str(Path(__file__).with_name("hadamard.cpp")),
+            "-o",
+            str(output),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

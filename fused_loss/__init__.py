@@ -1,36 +1,36 @@
 """CPLearn's loss without a B x K array: value and gradients of `cplearn_head.cplearn_loss`.
 
-The algebra is that of attention with the frozen codes as keys and values: what one stream over the codes must remember
+The algebra is that of attention with the frozen codes as keys and values: what one pass over the codes must remember
 is, per image, a logarithm of a sum and one vector of width F.
 
-    stream 1, all views      lse_v[i] = log sum_k exp s_v[i,k]        m_v[i] = sum_k p_v[i,k] w_k     s_v = h_v W / tau
+    pass 1, all views      lse_v[i] = log sum_k exp s_v[i,k]        m_v[i] = sum_k p_v[i,k] w_k     s_v = h_v W / tau
                              CE(p_a, p_v)_i = lse_v[i] - h_v[i] . m_a[i] / tau
-    stream 2, global views   pbar_a[k] = mean_i exp(s_a[i,k] - lse_a[i])
-    stream 3, global views   sum_k A[i,k] (w_k - m_a[i]),  A = p_a r,  r the loss's slope in p_a     (targets' dH_a)
+    pass 2, global views   pbar_a[k] = mean_i exp(s_a[i,k] - lse_a[i])
+    pass 3, global views   sum_k A[i,k] (w_k - m_a[i]),  A = p_a r,  r the loss's slope in p_a     (targets' dH_a)
 
-The streams are the business of an engine: `tiles.Tiles` (matrix products of torch), `triton_loss` (CUDA) or `hadamard`
-(fast transforms). Where pbar needs no other process, streams 2 and 3 are one. Matrix work for two views, in units of
+The passes are the business of an engine: `tiles.Tiles` (matrix products of torch), `triton_kernels` (CUDA) or
+`hadamard_transforms`. Where pbar needs no other process, passes 2 and 3 are one. Matrix work for two views, in units of
 2 B F K multiply-adds: 4 then, 5 with other processes, 2 in the plain form. A local view adds 1, as there, and all of
 them together another half. Extra memory: O(V B F + K + B x tile).
 
-With codes sharded over R processes each holds K / R codes and streams the images of all: h is gathered, per image the
-streams' results are summed, and pbar needs no other process.
+With codes sharded over R processes each holds K / R codes and sees the images of all: h is gathered, per image the
+results of all processes are summed, and pbar needs no other process.
 
     B images here, N with a pbar in common, V views of each, the first G are global crops     F head width, K codes
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from dictionary import Dictionary
-from hadamard import HadamardDictionary, HadamardTransforms
-from tiles import Slope, Tiles
-from utils import all_gather_rows, rank, world_size
-
-PRIORS = ("kl", "ce")
+from cplearn_head import check_loss_inputs, cplearn_loss, prior_loss
+from dictionary import Dictionary, HadamardDictionary, highest_over_processes
+from fused_loss.hadamard_transforms import HadamardTransforms
+from fused_loss.tiles import Slope, Tiles
+from utils import UserError, all_gather_rows, rank, world_size
 
 
 def fused_cplearn_loss(
@@ -58,7 +58,7 @@ def fused_cplearn_loss(
         torch.bfloat16, which rounds what enters and, tiled, what leaves them, and torch.int8 (tiled): h in 16 bits,
         exact logits. Sums over tiles, maxima and exponentials stay in float32.
     tile: T, codes in a tile; None: chosen from the number of images and views.
-    Returns (loss, terms): scalars in nats; unlike there the terms carry no gradient, and where the streams found it
+    Returns (loss, terms): scalars in nats; unlike there the terms carry no gradient, and where the passes found it
     there is a third, "assignment": argmax_k of the first view's logits, (B,) int64.
     Raises ValueError as there, and for a compute_dtype or tile that cannot be.
     Differentiable once. Where pbar needs no other process the gradient is found in the forward pass, if anything needs
@@ -72,30 +72,6 @@ def fused_cplearn_loss(
     value, invariance, prior_term, assignment = _FusedLoss.apply(loss, reduce_mean, wanted, *views)
     terms = {"invariance": invariance, "prior": prior_term}
     return value, terms | ({} if assignment is None else {"assignment": assignment})
-
-
-def prior_loss(mean_probs, prior, num_codes=None):
-    """Distance of the mean prediction (K,) from uniform: KL(pbar || uniform) or CE(uniform, pbar), in nats.
-
-    num_codes: K, where mean_probs is only a part of the mean prediction; then the part's share of the distance."""
-    num_codes = num_codes or mean_probs.numel()
-    # float32 probabilities underflow to 0 with tanh's unbounded logits; log of the smallest normal number stands in
-    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
-    if prior == "kl":
-        return (mean_probs * (log_mean + math.log(num_codes))).sum()
-    return -log_mean.sum() / num_codes
-
-
-def check_loss_inputs(views, codes, prior, num_global):
-    """Raises ValueError for views and codes that no form of the loss can take."""
-    if prior not in PRIORS:
-        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}")
-    if len(views) < 2 or not 1 <= num_global <= len(views):
-        raise ValueError(f"{len(views)} views with {num_global} global; expected at least 2 views, 1 of them global")
-    for h in views:
-        if h.shape != views[0].shape or h.shape[1] != codes.shape[0]:
-            raise ValueError(f"views have shapes {[tuple(h.shape) for h in views]}, codes {tuple(codes.shape)}; "
-                             "expected (B, F) each, and codes (F, K)")  # fmt: skip
 
 
 def _check_precision(views, compute_dtype, tile):
@@ -113,9 +89,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, reduce_mean, wanted, *views):
         with loss.outside_autocast():
-            loss.stream_1()
+            loss.pass_1()
             alone = reduce_mean is None or world_size() == 1 or loss.sharded
-            local_means, grad = loss.streams_2_and_3(loss.slope if wanted and alone else None)
+            local_means, grad = loss.passes_2_and_3(loss.slope if wanted and alone else None)
         means = leaves = local_means.unbind()
         if reduce_mean is not None:
             with torch.set_grad_enabled(wanted):
@@ -141,7 +117,7 @@ class _FusedLoss(torch.autograd.Function):
                 for mean, leaf in zip(ctx.means, ctx.leaves, strict=True)
             ]
             with ctx.loss.outside_autocast():
-                _, grad = ctx.loss.streams_2_and_3(torch.stack(slopes))
+                _, grad = ctx.loss.passes_2_and_3(torch.stack(slopes))
         return None, None, None, *(grad * grad_value).unbind()
 
 
@@ -153,7 +129,7 @@ def _grad_through(y, x, grad_y):
 
 
 class _Loss:
-    """One loss's inputs, and what stream 1 remembers of them."""
+    """One loss's inputs, and what pass 1 remembers of them."""
 
     def __init__(self, views, codes, tau, beta, prior, num_global, impl, compute_dtype, tile):
         self.tau, self.beta, self.prior, self.num_global = tau, beta, prior, num_global
@@ -164,14 +140,14 @@ class _Loss:
             rows = all_gather_rows(rows)
         self.num_images, self.num_views = rows.shape[:2]
         self.engine = make_engine(codes, impl, compute_dtype or rows.dtype, self.num_images * self.num_views, tile)
-        self.rows = self.engine.round(rows.transpose(0, 1).contiguous())  # (V, N, F): rounded once, for all streams
+        self.rows = self.engine.round(rows.transpose(0, 1).contiguous())  # (V, N, F): rounded once, for all passes
         self.pairs = [(a, v) for a in range(num_global) for v in range(self.num_views) if v != a]
         self.slope = Slope(prior, self.num_codes, 1 / (num_global * self.num_images))
 
     def outside_autocast(self):
         return torch.autocast(self.rows.device.type, enabled=False)
 
-    def stream_1(self):
+    def pass_1(self):
         """top = max_k s, total = sum_k exp(s - top), lse (V, N); centers m (V, N, F); best = argmax_k s (V, N).
 
         p = exp(s - top) / total, not exp(s - lse): logits of several hundred would lose digits of lse."""
@@ -203,7 +179,7 @@ class _Loss:
         first = rank() * self.own_images if self.sharded else 0
         return slice(first, first + self.own_images)
 
-    def streams_2_and_3(self, slope):
+    def passes_2_and_3(self, slope):
         """(pbar of the codes held here (G, K), gradient (V, B, F)); without a slope (pbar, None).
 
         slope: of the prior term in pbar, (G, K), or the function of pbar."""
@@ -238,9 +214,9 @@ class _Loss:
 
 
 def make_engine(codes, impl, compute_dtype, num_rows, tile=None):
-    """What computes the streams: an object with `round`, `statistics` and `gradient` as `tiles.Tiles` has them."""
+    """What computes the passes: an object with `round`, `statistics` and `gradient` as `tiles.Tiles` has them."""
     if impl == "triton":
-        from triton_loss import TritonKernels
+        from fused_loss.triton_kernels import TritonKernels
 
         return TritonKernels(codes, compute_dtype)
     if isinstance(codes, HadamardDictionary) and HadamardTransforms.can_run(codes, compute_dtype):
@@ -259,10 +235,23 @@ def merge_over_processes(top, total, centers, best):
     return highest, total, centers, None if best is None else highest_over_processes(top, best)
 
 
-def highest_over_processes(score, index):
-    """The index (B,) int64 that belongs to the highest score (B,) of any process; the least among equals."""
-    highest = score.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    index = torch.where(score == highest, index, torch.iinfo(index.dtype).max)
-    dist.all_reduce(index, dist.ReduceOp.MIN)
-    return index
+def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademacher", sharded=False):
+    """The form of the loss that runs: (head_impl without "auto", function with `cplearn_loss`'s arguments).
+
+    head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
+    million logits or more, which saves memory and, but for float32 near that size, time (benchmarks/README.md); else
+    dense. The Triton kernels were never run on a GPU: they are taken only when asked for.
+    bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
+    Raises UserError for a form that cannot run here.
+    """
+    if head_impl == "auto":
+        head_impl = "tiled" if sharded or (device.type == "cpu" and num_logits >= 2**20) else "dense"
+    if head_impl == "dense" and sharded:
+        raise UserError("--head_impl dense: --shard_codes needs tiled or triton")
+    if head_impl == "triton" and (device.type != "cuda" or dictionary != "rademacher"):
+        raise UserError(f"--head_impl triton: on {device.type} with --dictionary {dictionary}; "
+                        "it needs a GPU and rademacher, use tiled")  # fmt: skip
+    if head_impl == "dense":
+        return head_impl, cplearn_loss
+    compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
+    return head_impl, partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)

@@ -4,12 +4,10 @@ import pytest
 import torch
 from scipy import linalg
 
-import hadamard
-import tiles
-from dictionary import rademacher_codes
-from fused_loss import make_engine
-from hadamard import HadamardDictionary, HadamardTransforms, block_signs, hadamard_matrix
-from tiles import Slope, Tiles
+from dictionary import HadamardDictionary, block_signs, hadamard_matrix, rademacher_codes
+from fused_loss import hadamard_transforms, make_engine, tiles
+from fused_loss.hadamard_transforms import HadamardTransforms
+from fused_loss.tiles import Slope, Tiles
 
 ORDERS = sorted({base * 2**m for base in (1, 12, 20, 28) for m in range(11) if base * 2**m <= 1024})
 KNOWN_FIRST = [1, -1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1]  # of seed 7 and width 12, by the hash in Python's integers
@@ -103,7 +101,7 @@ def test_what_cannot_be_is_refused(settings, said):
 
 def test_hadamard_cpp_compiles_here():
     """The tests below need it, and fail without a C++ compiler rather than pass unseen."""
-    assert hadamard._library() is not None
+    assert hadamard_transforms._library() is not None
 
 
 # (dim, codes, images): groups of 8 or 16 images and the last block are whole, cut, or all there is
@@ -134,7 +132,7 @@ def test_statistics(kind, size):
     dim, num_codes, num_images = size
     signs, codes = dictionary(dim, num_codes)
     rows = rows_of(kind, codes, num_images).flatten(0, 1)
-    top, total, centers, best = hadamard.statistics(rows.float(), signs, num_codes)
+    top, total, centers, best = hadamard_transforms.statistics(rows.float(), signs, num_codes)
     expected = rows @ codes
     tolerance = tolerance_of(kind)
     assert close(top, expected.amax(dim=1), tolerance)
@@ -166,7 +164,7 @@ def test_means_and_gradient(kind, prior, local, size):
     top, total = s.amax(dim=2), (s - s.amax(dim=2, keepdim=True)).exp().sum(dim=2)
     inputs = [x.float() if torch.is_tensor(x) else x for x in (top, total, offset, slope)]
     views = rows if extra is None else torch.cat([rows, extra[None]])
-    got = hadamard.gradient(views.float(), signs, num_codes, *inputs, 0.3)
+    got = hadamard_transforms.gradient(views.float(), signs, num_codes, *inputs, 0.3)
     magnitude = weights.abs().sum(dim=2).max()  # sums of numbers of both signs err relative to these
     assert close(got[0], means, tolerance_of(kind))
     for result, expected in zip(got[1:], (weights @ codes.T, weights.sum(dim=2)), strict=True):
@@ -179,16 +177,19 @@ def test_means_alone_and_parts_of_the_blocks():
     dim, num_codes, num_images = 24, 200, 10
     signs, codes = dictionary(dim, num_codes)
     rows = rows_of("random", codes, num_images)
-    top, total, centers, _ = hadamard.statistics(rows.flatten(0, 1).float(), signs, num_codes)
-    parts = [hadamard.statistics(rows.flatten(0, 1).float(), *part) for part in ((signs[:4], 96), (signs[4:], 104))]
+    top, total, centers, _ = hadamard_transforms.statistics(rows.flatten(0, 1).float(), signs, num_codes)
+    parts = [
+        hadamard_transforms.statistics(rows.flatten(0, 1).float(), *part)
+        for part in ((signs[:4], 96), (signs[4:], 104))
+    ]
     joined = sum(center.double() * (part_top - top).double().exp()[:, None] for part_top, _, center, _ in parts)
     assert close(joined, centers.double(), 1e-5)
     settings = [x.view(2, num_images) for x in (top, total, torch.zeros_like(top))]
     slope = torch.linspace(-1, 1, 2 * num_codes, dtype=torch.float32).view(2, num_codes)
-    whole = hadamard.gradient(rows.float(), signs, num_codes, *settings, slope, 0.0)
-    first = hadamard.gradient(rows.float(), signs[:4], 96, *settings, slope[:, :96], 0.0)
-    second = hadamard.gradient(rows.float(), signs[4:], 104, *settings, slope[:, 96:], 0.0)
-    means, *nothing = hadamard.gradient(rows.float(), signs, num_codes, *settings, None, 0.0)
+    whole = hadamard_transforms.gradient(rows.float(), signs, num_codes, *settings, slope, 0.0)
+    first = hadamard_transforms.gradient(rows.float(), signs[:4], 96, *settings, slope[:, :96], 0.0)
+    second = hadamard_transforms.gradient(rows.float(), signs[4:], 104, *settings, slope[:, 96:], 0.0)
+    means, *nothing = hadamard_transforms.gradient(rows.float(), signs, num_codes, *settings, None, 0.0)
     assert nothing == [None, None] and torch.equal(means, whole[0])
     assert close(torch.cat([first[0], second[0]], dim=1), whole[0].double(), 1e-6)
     for one, other, both in zip(first[1:], second[1:], whole[1:], strict=True):
@@ -199,11 +200,11 @@ def test_nan_stays_nan_and_with_its_image():
     signs, codes = dictionary(64, 128)
     rows = rows_of("random", codes, 10).float()
     rows[0, 3, 5] = torch.nan
-    top, total, centers, _ = hadamard.statistics(rows.flatten(0, 1), signs, 128)
+    top, total, centers, _ = hadamard_transforms.statistics(rows.flatten(0, 1), signs, 128)
     assert total.isnan().nonzero().tolist() == [[3]] and centers.isnan().all(dim=1).nonzero().tolist() == [[3]]
     top = torch.where(top.isfinite(), top, 0)
     settings = [x.view(2, 10) for x in (top, total, torch.zeros_like(top))]
-    means, product, _ = hadamard.gradient(rows, signs, 128, *settings, Slope("kl", 128, 1.0), 0.1)
+    means, product, _ = hadamard_transforms.gradient(rows, signs, 128, *settings, Slope("kl", 128, 1.0), 0.1)
     assert means[0].isnan().all() and not means[1].isnan().any()
     assert product[:, 3].isnan().all() and not product[1, :3].isnan().any()
 
@@ -237,7 +238,9 @@ def test_transforms_and_products_with_the_written_out_blocks_agree(threads, num_
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(hadamard, "_library", hadamard.functools.cache(hadamard._library.__wrapped__))
+    monkeypatch.setattr(
+        hadamard_transforms, "_library", hadamard_transforms.functools.cache(hadamard_transforms._library.__wrapped__)
+    )
     with pytest.warns(UserWarning, match="slower: no-such-compiler failed"):
         assert not HadamardTransforms.can_run(HadamardDictionary(24, 48), torch.float32)
     assert type(make_engine(HadamardDictionary(24, 48), "tiled", torch.float32, 4)) is Tiles

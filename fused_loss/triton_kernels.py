@@ -1,4 +1,4 @@
-"""The three streams of the tiled loss as Triton kernels: rows (h / tau of all views) against tiles of +-1 codes.
+"""The three passes of the tiled loss as Triton kernels: rows (h / tau of all views) against tiles of +-1 codes.
 
     s_ik = rows_i . w_k                             logits, made tile by tile in float32 and never stored
     statistics    top_i = max_k s_ik,  total_i = sum_k exp(s_ik - top_i),  centers_i = sum_k exp(s_ik - top_i) w_k
@@ -9,23 +9,23 @@
 
 Who computes what:
 
-    statistics    a program holds a block of rows and streams over one of S shares of the codes with an online maximum;
+    statistics    a program holds a block of rows and passes over one of S shares of the codes with an online maximum;
                   the S partial results are returned, S is chosen so that few rows still keep every multiprocessor busy
-    means         a program holds a tile of codes of one view and streams over all images: no share, no atomics
-    gradient      a program holds both global views of a block of images and streams over a share of the codes: each
+    means         a program holds a tile of codes of one view and passes over all images: no share, no atomics
+    gradient      a program holds both global views of a block of images and passes over a share of the codes: each
                   code tile and each logit serves both views. Partial results per share are summed by torch.
 
 A tile of codes arrives as bytes, bits or a seed, becomes +-1 in registers, and goes to the tensor cores through shared
 memory. While F <= WHOLE_F the rows stay in shared memory, a tile of codes is decoded once for both products, and a
-program owns all F columns of its output. Beyond that rows are streamed too, and programs split the columns of the
+program owns all F columns of its output. Beyond that rows are read in steps too, and programs split the columns of the
 output, each computing the logits anew; so does the gradient with local views, whose rows would not fit.
 
 Sums over shares run in a fixed order: results are the same bits at every call on one device.
 
 The shapes were chosen by compiling for sm_80 (A100) and sm_90 (H100) and reading what ptxas says: tensor-core
-instructions, no spilled registers, shared memory that fits (tests/test_triton_loss.py). Sizes that tiles do not divide
-spill up to 52 bytes a thread. Nothing here was ever run on a GPU; on a CPU the kernels run in Triton's interpreter
-(TRITON_INTERPRET=1), where only float32 is right. `make gpu` tests and times them on a GPU.
+instructions, no spilled registers, shared memory that fits (tests/test_triton_kernels.py). Sizes that tiles do not
+divide spill up to 52 bytes a thread. Nothing here was ever run on a GPU; on a CPU the kernels run in Triton's
+interpreter (TRITON_INTERPRET=1), where only float32 is right. `make gpu` tests and times them on a GPU.
 """
 
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
 
 # (kernel, mode, architecture), and a storage where it needs its own. whole: F <= WHOLE_F; split: wider; local: with
-# local views. means always streams rows.
+# local views. means always reads rows in steps.
 SHAPES = {
     ("statistics", "whole", "sm_80"): Shape(128, 32, 64, 0, 8, 2),
     ("statistics", "whole", "sm_90"): Shape(128, 64, 64, 0, 8, 2),
@@ -311,7 +311,7 @@ def _statistics_kernel(
             w = _code_steps(data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
             s = _add_logits(s, h, w)
         else:
-            s = _stream_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+            s = _partial_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
         if not EVEN:
             s = tl.where((k + tl.arange(0, CODES) < num_codes)[None, :], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -323,7 +323,7 @@ def _statistics_kernel(
         if WHOLE:
             centers = _add_products(centers, e.to(dtype), w)
         else:
-            centers = _stream_products(
+            centers = _partial_products(
                 centers, e.to(dtype), data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN
             )
     out = share.to(tl.int64) * num_rows + i
@@ -367,10 +367,10 @@ def _gradient_kernel(
             w = _code_steps(data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
             s = _add_logits(s, h, w)
         else:
-            s = _stream_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+            s = _partial_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
         predicted = s
         if HAS_LOCAL:
-            predicted = _stream_logits(
+            predicted = _partial_logits(
                 s, local, local_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN
             )
         first, second = _split_views(predicted, ROWS, CODES)
@@ -385,7 +385,7 @@ def _gradient_kernel(
         if WHOLE:
             product = _add_products(product, weights, w)
         else:
-            product = _stream_products(
+            product = _partial_products(
                 product, weights, data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN
             )
     out = share.to(tl.int64) * (2 * num_images) + row
@@ -408,7 +408,7 @@ def _means_kernel(
         row = view * num_images + tl.minimum(i, num_images - 1)
         row_lse = tl.load(lse + row, mask=i < num_images, other=float("inf"))  # exp(s - inf) = 0 beyond the last image
         s = tl.zeros((ROWS, CODES), tl.float32)
-        s = _stream_logits(s, rows, row * F, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+        s = _partial_logits(s, rows, row * F, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
         total += tl.exp(s - row_lse[:, None])
     code = k + tl.arange(0, CODES)
     tl.store(means_out + view.to(tl.int64) * num_codes + code, tl.sum(total, 0) / num_images, mask=code < num_codes)
@@ -422,7 +422,7 @@ def _add_logits(s, h, w):
 
 
 @triton.jit
-def _stream_logits(
+def _partial_logits(
     s, rows, row_start, data, seed, first_word, k, num_codes,
     F: tl.constexpr, STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -480,7 +480,7 @@ def _add_products(steps, weights, w):
 
 
 @triton.jit
-def _stream_products(
+def _partial_products(
     steps, weights, data, seed, first_word, column, k, num_codes,
     F: tl.constexpr, STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip

@@ -1,11 +1,11 @@
 """What the evaluations share: their flags, the models they compare, the features of each, and one table of results.
 
     parser = evaluation_parser("eval_x.py", "...")
-    subjects = open_subjects(args, device)                         # one for each --checkpoint, and the --baselines
-    images = open_images(subjects, "val", labels_for="k-NN")       # the same images for all of them
-    for subject, (features, codes) in extract_all(subjects, images):    # on the first process; the others are done
-        rows.append({"checkpoint": subject.name, ...})
-    report("x", rows, {"top1": ("top-1 %", ".2f")}, args, subjects)     # terminal, results_x.md, results_x.json
+    models = open_models(args, device)                         # one for each --checkpoint, and the --baselines
+    images = open_images(models, "val", labels_for="k-NN")       # the same images for all of them
+    for evaluated, (features, codes) in extract_all(models, images):    # on the first process; the others are done
+        rows.append({"checkpoint": evaluated.name, ...})
+    report("x", rows, {"top1": ("top-1 %", ".2f")}, args, models)     # terminal, results_x.md, results_x.json
 
 Shapes: N images, D features.
 """
@@ -28,11 +28,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 import data
-import features
+import images as image_sets
+import pretrained
 import utils
-from utils import UserError
+from pretrained import PretrainedModel
+from utils import PRECISIONS, UserError
 
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with any kind of colour vision
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -51,7 +54,7 @@ def evaluation_parser(prog, description):
     parser = utils.ArgumentParser(prog, description, DINO_ONLY)
     data.add_dataset_arguments(parser)
     parser.set_defaults(dataset=None)  # the checkpoint's
-    features.add_checkpoint_arguments(parser, several=True)
+    pretrained.add_checkpoint_arguments(parser, several=True)
     add = parser.add_argument
     add(
         "--baselines",
@@ -77,11 +80,11 @@ def evaluation_parser(prog, description):
 # ---- the models under comparison -------------------------------------------------------------------------------------
 
 
-class Subject:
+class EvaluatedModel:
     """One of the models under comparison.
 
     .name: what tells its path from the others'.  .stem: the same, for names of files.
-    .model: `features.PretrainedModel`.  .args: the evaluation's flags, with those about images as this model was
+    .model: `pretrained.PretrainedModel`.  .args: the evaluation's flags, with those about images as this model was
     trained.  .extract(images): its features.
     """
 
@@ -112,7 +115,7 @@ class Subject:
             rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
         )  # fmt: skip
         model = self.model.to(self.device)
-        found = features.extract_features(model, batches, len(images), self.device, args.precision, self.name)
+        found = extract_features(model, batches, len(images), self.device, args.precision, self.name)
         self.model.cpu()  # room for the next one
         return found
 
@@ -122,7 +125,7 @@ class Subject:
         return {
             "model": self.describe(),
             "images": images.fingerprint,
-            "files": None if isinstance(images, data.ArrayImages) else files_fingerprint(images),
+            "files": None if isinstance(images, image_sets.ArrayImages) else files_fingerprint(images),
             "num_images": len(images),
             **image_flags,
         }
@@ -149,8 +152,8 @@ def files_fingerprint(images):
     return digest.hexdigest()[:16]
 
 
-def open_subjects(args, device):
-    """A `Subject` for each --checkpoint, after those of --baselines.
+def open_models(args, device):
+    """A `EvaluatedModel` for each --checkpoint, after those of --baselines.
 
     All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
     must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
@@ -161,35 +164,35 @@ def open_subjects(args, device):
         raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     make_folder(args.output_dir, "--output_dir")
     make_folder(args.features_dir, "--features_dir")
-    args.precision = features.choose_precision(args.precision, device)
-    subjects = []
+    args.precision = utils.choose_precision(args.precision, device)
+    models = []
     for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
         own = copy.copy(args)
         own.checkpoint, own.checkpoint_key = split_key(path, args.checkpoint_key)
-        subjects.append(Subject(name, features.open_model(own, torch.device("cpu")), own, device))
-    dataset = features.choose_dataset(args, [subject.model for subject in subjects])
-    for subject in subjects:
-        subject.args.dataset = dataset
-        data.resolve_dataset_defaults(subject.args)
-    subjects = (baselines(subjects[0]) if args.baselines else []) + subjects
-    for subject, stem in zip(subjects, file_stems([subject.name for subject in subjects]), strict=True):
-        subject.stem = stem
-    return subjects
+        models.append(EvaluatedModel(name, pretrained.open_model(own, torch.device("cpu")), own, device))
+    dataset = pretrained.choose_dataset(args, [evaluated.model for evaluated in models])
+    for evaluated in models:
+        evaluated.args.dataset = dataset
+        data.resolve_dataset_defaults(evaluated.args)
+    models = (baselines(models[0]) if args.baselines else []) + models
+    for evaluated, stem in zip(models, file_stems([evaluated.name for evaluated in models]), strict=True):
+        evaluated.stem = stem
+    return models
 
 
-def baselines(subject):
-    """Raw pixels, and the subject's backbone as it was made, before any training (torch's generator, --seed)."""
-    args, settings = subject.args, subject.model.settings
+def baselines(evaluated):
+    """Raw pixels, and the model's backbone as it was made, before any training (torch's generator, --seed)."""
+    args, settings = evaluated.args, evaluated.model.settings
     names = ("arch", "patch_size", "img_size", "in_chans")
     given = {name: getattr(args, name) if name in ("img_size", "in_chans") else settings[name] for name in names}
     torch.manual_seed(args.seed)
-    untrained = features.load_pretrained(args.checkpoint, args.checkpoint_key, **given, random_weights=True)
+    untrained = pretrained.load_pretrained(args.checkpoint, args.checkpoint_key, **given, random_weights=True)
     pixels = nn.Flatten()
     pixels.embed_dim = args.in_chans * args.img_size**2
-    pixels = features.PretrainedModel(pixels, settings={"arch": "raw pixels"})
+    pixels = pretrained.PretrainedModel(pixels, settings={"arch": "raw pixels"})
     return [
-        Subject("raw pixels", pixels, copy.copy(args), subject.device),
-        Subject("random weights", untrained, copy.copy(args), subject.device),
+        EvaluatedModel("raw pixels", pixels, copy.copy(args), evaluated.device),
+        EvaluatedModel("random weights", untrained, copy.copy(args), evaluated.device),
     ]
 
 
@@ -223,14 +226,14 @@ def file_stems(names):
     return stems
 
 
-def open_images(subjects, split, labels_for=None, required=True):
-    """The images that all subjects are evaluated on. split: "train" or "val".
+def open_images(models, split, labels_for=None, required=True):
+    """The images that all models see. split: "train" or "val".
 
     labels_for: what needs their labels, such as "k-NN"; None: nothing.  required: whether images without labels will
     not do. Raises UserError where images cannot be found, and where labels are needed and absent, or all of one class.
     """
-    args = subjects[0].args
-    images = data.open_dataset(args, split)
+    args = models[0].args
+    images = image_sets.open_dataset(args, split)
     if labels_for is not None:
         if images.labels is None and required:
             raise UserError(
@@ -244,23 +247,23 @@ def open_images(subjects, split, labels_for=None, required=True):
     return images
 
 
-def open_train_and_val(subjects, labels_for):
+def open_train_and_val(models, labels_for):
     """Both splits, labelled, of the same classes."""
-    train_images, val_images = (open_images(subjects, split, labels_for) for split in ("train", "val"))
+    train_images, val_images = (open_images(models, split, labels_for) for split in ("train", "val"))
     if train_images.classes != val_images.classes:  # labels count the folders of a split
         raise UserError(
-            f"--data_path {subjects[0].args.data_path}: train and val have different class folders; see --class_list"
+            f"--data_path {models[0].args.data_path}: train and val have different class folders; see --class_list"
         )
     return train_images, val_images
 
 
-def extract_all(subjects, *image_sets):
-    """Features of every subject on every set of images, by all processes together.
+def extract_all(models, *image_sets):
+    """Features of every model on every set of images, by all processes together.
 
-    Returns [(subject, (features, codes) of the first set, of the second, ...)] on the first process. On the others an
+    Returns [(evaluated, (features, codes) of the first set, of the second, ...)] on the first process. On the others an
     empty list: they have done their share and may end, rather than wait for the first one until a time-out.
     """
-    found = [(subject, *map(subject.extract, image_sets)) for subject in subjects]
+    found = [(evaluated, *map(evaluated.extract, image_sets)) for evaluated in models]
     return found if utils.rank() == 0 else []
 
 
@@ -306,7 +309,7 @@ def from_first(value):
 # ---- one table of results --------------------------------------------------------------------------------------------
 
 
-def report(name, rows, columns, args, subjects, notes=(), **more):
+def report(name, rows, columns, args, models, notes=(), **more):
     """Print rows as a table; with --output_dir write results_<name>.md and results_<name>.json. First process only.
 
     rows: dicts, one per line of the table.  columns: {key: (title, format)} of what the table shows, in its order; a
@@ -321,7 +324,7 @@ def report(name, rows, columns, args, subjects, notes=(), **more):
         (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n")
         results = {"rows": rows, "notes": list(notes)} | more | {
             "settings": vars(args),
-            "models": {subject.name: subject.describe() for subject in subjects},
+            "models": {evaluated.name: evaluated.describe() for evaluated in models},
             "versions": versions(),
         }  # fmt: skip
         (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -380,3 +383,73 @@ def pyplot():
         "savefig.dpi": 150,
     })  # fmt: skip
     return plt
+
+
+# ---- a model -> a feature matrix -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def extract_features(model, batches, num_samples, device, precision="fp32", title=None):
+    """Features of every image, each counted once, in the data set's order.
+
+    model: maps images (B, C, h, w) on `device` to (B, D); put in eval mode for the duration. A `PretrainedModel` with
+        CPLearn's head gives codes too. `torch.nn.Flatten()` gives the raw pixels, the baseline that needs no model.
+    batches: yields (indices (B,), images (B, C, h, w)); under several processes, this process's share of them. An index
+        that comes twice, as when shares are padded to equal length, counts once.
+    num_samples: N; the indices are those from 0 to N - 1, in any order.
+    precision: "fp32", "bf16" or "fp16", of the forward pass.
+    title: the model's name, for messages and for a progress bar on the first process of a terminal; None: no bar.
+    Returns (features (N, D) float32, codes (N,) int64 or None), on CPU, all of them on every process.
+    Raises ValueError where an index never comes, UserError where a feature is NaN or infinite.
+    Memory: N x D x 4 bytes per process.
+    """
+    dtype = PRECISIONS[precision]
+    has_codes = isinstance(model, PretrainedModel) and model.head is not None
+    codes = torch.zeros(num_samples, dtype=torch.int64) if has_codes else None
+    features = torch.zeros(num_samples, 0)  # D is known with the first batch
+    owner = torch.full((num_samples,), utils.world_size())  # rank of the process that has the image; no such rank yet
+    was_training = model.training
+    model.eval()
+    shown = title is not None and utils.rank() == 0 and sys.stderr.isatty()
+    progress = tqdm(total=num_samples, desc=title, unit="image", disable=not shown, leave=False)
+    for indices, images in batches:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            outputs = model(images.to(device, non_blocking=True))
+        outputs = outputs.float()
+        if features.shape[1] == 0:
+            features = torch.zeros(num_samples, outputs.shape[1])
+        indices = torch.as_tensor(indices)
+        features[indices] = outputs.cpu()
+        owner[indices] = utils.rank()
+        if has_codes:
+            codes[indices] = model.assign_features(outputs).cpu()
+        progress.update(len(indices) * utils.world_size())
+    progress.close()
+    model.train(was_training)
+    features, codes = _gather(features, codes, owner)
+    # a row's sum is finite only if all of it is; isfinite(features) would make a second copy of them
+    if not torch.isfinite(features.sum(dim=1)).all():
+        whose = f"the features of {title}" if title else "the features"
+        raise UserError(f"{whose} hold NaN or infinity: did its training diverge? try --precision fp32")
+    return features, codes
+
+
+def _gather(features, codes, owner):
+    """Rows of all processes in one matrix, by a sum: each row has one owner, the lowest rank that saw the image."""
+    if utils.world_size() > 1:
+        dist.all_reduce(owner, op=dist.ReduceOp.MIN)
+    missing = (owner == utils.world_size()).nonzero()
+    if len(missing):
+        raise ValueError(f"{len(missing)} of {len(owner)} images never came, the first has index {int(missing[0])}")
+    if utils.world_size() > 1:
+        width = torch.tensor(features.shape[1])
+        dist.all_reduce(width, op=dist.ReduceOp.MAX)
+        if features.shape[1] == 0:  # fewer images than processes
+            features = torch.zeros(len(owner), int(width))
+        features[owner != utils.rank()] = 0
+        for rows in features.split(65536):  # bounds the buffers of the process group
+            dist.all_reduce(rows)
+        if codes is not None:
+            codes[owner != utils.rank()] = 0
+            dist.all_reduce(codes)
+    return features, codes

@@ -12,14 +12,12 @@ import safetensors.torch
 import timm
 import torch
 
-import utils
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
-from features import (
+from pretrained import (
     PretrainedModel,
     add_checkpoint_arguments,
     choose_dataset,
-    extract_features,
     load_pretrained,
     open_model,
 )
@@ -393,84 +391,3 @@ def test_the_data_set_is_given_or_the_checkpoints_or_a_folder():
 # ---- extraction ------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-
-
-def pixels(num):
-    return torch.randn(num, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def batched(images, order, size):
-    """(indices, images) as data.eval_batches yields them."""
-    return ((np.array(order[i : i + size]), images[order[i : i + size]]) for i in range(0, len(order), size))
-
-
-@torch.no_grad()
-def test_features_stand_in_the_data_set_s_order():
-    images, backbone = pixels(11), build_backbone("resnet8", width=6)
-    model = PretrainedModel(backbone, CPLearnHead(6, out_dim=64))
-    order = [7, 0, 3, 10, 1, 9, 2, 8, 4, 6, 5, 7, 3]  # a short last batch, and two images come twice
-    features, codes = extract_features(model, batched(images, order, 4), 11, CPU)
-    torch.testing.assert_close(features, backbone(images), atol=1e-6, rtol=1e-5)
-    assert torch.equal(codes, model.assign(images))
-    assert features.dtype == torch.float32
-    half, _ = extract_features(model, batched(images, order, 4), 11, CPU, precision="bf16")
-    torch.testing.assert_close(half, features, atol=0.02 * features.abs().max().item(), rtol=0)
-    assert half.dtype == torch.float32
-    assert not torch.equal(half, features)
-
-
-def test_a_missing_image_is_an_error():
-    with pytest.raises(ValueError, match="1 of 5 images never came, the first has index 3"):
-        extract_features(torch.nn.Flatten(), batched(pixels(5), [0, 1, 2, 4], 2), 5, CPU)
-
-
-def test_extraction_is_in_eval_mode_and_leaves_the_mode_as_it_was():
-    backbone = build_backbone("resnet18").train()
-    before = backbone.bn1.running_mean.clone()
-    features, codes = extract_features(backbone, batched(pixels(4), range(4), 2), 4, CPU)
-    one_by_one, _ = extract_features(backbone, batched(pixels(4), range(4), 1), 4, CPU)
-    torch.testing.assert_close(features, one_by_one, atol=1e-5, rtol=1e-5)  # batch statistics would differ
-    assert backbone.training
-    assert torch.equal(backbone.bn1.running_mean, before)
-    assert codes is None
-    features @ torch.ones(512, 1, requires_grad=True)  # a probe may be trained on them
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_features_that_are_not_finite_are_named(value):
-    images = pixels(5)
-    images[3, 1, 2, 2] = value
-    with pytest.raises(UserError, match=r"the features of a\.pth hold NaN or infinity: did its training diverge"):
-        extract_features(torch.nn.Flatten(), batched(images, range(5), 2), 5, CPU, title="a.pth")
-
-
-def test_raw_pixels_need_no_model():
-    features, codes = extract_features(torch.nn.Flatten(), batched(pixels(5), range(5), 2), 5, CPU)
-    assert torch.equal(features, pixels(5).flatten(1))
-    assert codes is None
-
-
-def extract_in_two(rank, folder):
-    torch.manual_seed(0)
-    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
-    results = {}
-    for num, padding in ((7, []), (7, [0, 1, 2]), (1, [])):
-        order = [*range(num), *padding]  # padded as samplers do, so that some images are seen by both
-        shares = batched(pixels(num), order[rank::2], 2)
-        results[num, len(padding)] = extract_features(model, shares, num, CPU)
-    torch.save(results, f"{folder}/{rank}.pth")
-    with pytest.raises(ValueError, match="1 of 3 images never came"):
-        extract_features(model, batched(pixels(3), [rank], 2), 3, CPU)
-
-
-@torch.no_grad()
-def test_two_processes_have_every_image_exactly_once(tmp_path, run_in_processes):
-    run_in_processes(extract_in_two, str(tmp_path))
-    torch.manual_seed(0)
-    model = PretrainedModel(build_backbone("resnet8", width=6), CPLearnHead(6, out_dim=64))
-    for rank in range(2):
-        results = utils.load_checkpoint(tmp_path / f"{rank}.pth")
-        assert results.keys() == {(7, 0), (7, 3), (1, 0)}
-        for (num, _), (features, codes) in results.items():
-            torch.testing.assert_close(features, model(pixels(num)), atol=1e-6, rtol=1e-5)
-            assert torch.equal(codes, model.assign(pixels(num)))

@@ -1,4 +1,4 @@
-// CPLearn's two passes over a dictionary of Hadamard blocks, in float32: hadamard.py compiles this file and says what
+// CPLearn's two passes over a dictionary of Hadamard blocks, in float32: hadamard_transforms.py compiles this file and says what
 // each function returns. Plain C++17 with the vectors of GCC and Clang; no -ffast-math, which would undo `exponential`.
 //
 // A vector holds one code's numbers for LANES images, so a transform is additions of whole vectors, without shuffles.
@@ -92,7 +92,7 @@ static void multiply(const float* matrix, Lanes* x, int64_t stride) {
     }
 }
 
-struct Dictionary {  // hadamard.py's _Dictionary
+struct Dictionary {  // hadamard_transforms.py's _Dictionary
     int64_t dim, num_codes, base_order;
     const float *base, *base_transposed, *signs;  // (num_blocks, dim)
 
@@ -170,7 +170,7 @@ extern "C" void statistics(const Dictionary* codes, const float* rows, int64_t n
     }
 }
 
-struct Slope {  // hadamard.py's class of that name, or numbers given
+struct Slope {  // hadamard_transforms.py's class of that name, or numbers given
     const float* given;  // (views, num_codes); null: from pbar itself
     float scale, all_codes;
     int32_t is_ce;

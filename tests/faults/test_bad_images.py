@@ -11,7 +11,7 @@ import pytest
 from injection import at_call, die, in_turn, kill_data_worker
 from PIL import Image
 
-import data
+from images import load_image
 from runs import NUM_IMAGES, assert_same_run, flags, run_to_end, write_pictures
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ STEP = "main_cplearn.update_weights"
 def test_data_workers_that_die_are_replaced(folder, undisturbed, tmp_path):
     """In a step, as an epoch begins (its first batch is then on its way), in its last step."""
     deaths = [partial(at_call, STEP, step, kill_data_worker) for step in (2, 24, 25)]
-    deaths.append(partial(at_call, "main_cplearn.at_rest", 14, kill_data_worker))  # between epochs 1 and 2
+    deaths.append(partial(at_call, "main_cplearn.buffers_before_step", 14, kill_data_worker))  # between epochs 1 and 2
     words = flags(folder, tmp_path / "cut", num_workers=2)
     said = run_to_end(words, tmp_path, faults={0: partial(in_turn, *deaths)})
     assert said.count("a data worker died") >= 3
@@ -85,7 +85,7 @@ def animated(path, pixels):
 
 def broken_exif(path, pixels):
     Image.fromarray(pixels).save(path, "JPEG")
-    plain = data.load_image(path).permute(1, 2, 0).numpy()
+    plain = load_image(path).permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(path, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
     return plain
 
@@ -112,7 +112,7 @@ def damaged(tmp_path_factory):
 def test_odd_files_have_the_right_pixels(damaged):
     assert len(damaged[1]) == 8
     for path, pixels in damaged[1].items():
-        assert np.array_equal(data.load_image(path).permute(1, 2, 0).numpy(), pixels), path
+        assert np.array_equal(load_image(path).permute(1, 2, 0).numpy(), pixels), path
 
 
 def is_bad(path):

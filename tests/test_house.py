@@ -1,0 +1,88 @@
+"""The plan of the house: which file may import which, and that README's map is the list of files that are there."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_collapse", "visualize_attention"}
+SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit"}
+LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
+    {"utils", "augmentation", "vision_transformer", "objective"},
+    {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones"},
+    {"data"},
+    {"cplearn_head"},
+    {"fused_loss"},  # the fast loss stands on the definition, never the reverse
+    {"pretrained"},
+    {"evaluation"},
+    SCRIPTS,
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def files():
+    return sorted([*ROOT.glob("*.py"), *ROOT.glob("fused_loss/*.py"), *ROOT.glob("evaluation/*.py")])
+
+
+def room_of(path):
+    return path.stem if path.parent == ROOT else path.parent.name
+
+
+def imports(path):
+    """Names of our own rooms that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        yield from {name.split(".")[0] for name in names} & LEVEL.keys()
+
+
+def arrows():
+    return {(room_of(path), target) for path in files() for target in imports(path)} - {(r, r) for r in LEVEL}
+
+
+def test_every_room_has_a_level_and_there_are_at_most_28():
+    assert {room_of(path) for path in files()} == LEVEL.keys()
+    assert len(list(ROOT.glob("*.py"))) <= 28
+
+
+def test_imports_point_downwards():
+    assert [(a, b) for a, b in arrows() if LEVEL[b] > LEVEL[a]] == []
+
+
+def test_no_script_imports_a_script():
+    assert [(a, b) for a, b in arrows() if b in SCRIPTS] == []
+
+
+def test_no_circles():
+    left = arrows()
+    while left:  # take away rooms from which no arrow leads
+        ends = {b for _, b in left} - {a for a, _ in left}
+        assert ends, f"a circle among {sorted(left)}"
+        left = {(a, b) for a, b in left if b not in ends}
+
+
+def test_inside_a_package_there_is_no_circle_either():
+    for package in ("fused_loss", "evaluation"):
+        left = set()
+        for path in ROOT.glob(f"{package}/*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+                    names = [node.module] if "." in node.module else [f"{package}.{a.name}" for a in node.names]
+                    left |= {(path.stem, name.split(".")[1]) for name in names}
+        left = {(a, b) for a, b in left if a != "__init__" and (ROOT / package / f"{b}.py").exists()}
+        while left:
+            ends = {b for _, b in left} - {a for a, _ in left}
+            assert ends, f"a circle among {sorted(left)}"
+            left = {(a, b) for a, b in left if b not in ends}
+
+
+def test_no_file_is_longer_than_620_lines():
+    assert {str(path): n for path in files() if (n := len(path.read_text().splitlines())) > 620} == {}
+
+
+def test_readmes_map_names_every_file():
+    text = (ROOT / "README.md").read_text()
+    plan = text[text.index("## Map of the files") :]
+    named = set(re.findall(r"\b([a-z_0-9]+)\.py\b", plan)) | set(re.findall(r"\b([a-z_]+)/", plan))
+    assert named >= {room_of(path) for path in files()} | {p.stem for p in files() if p.stem != "__init__"}
+    assert set(re.findall(r"\b([a-z_0-9]+)\.py\b", plan)) <= {p.stem for p in files()}
