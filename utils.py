@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        flag_first = re.sub(r"^argument ([^ :]+): ", r"\1 ", message)
+        raise UserError(f"{flag_first}; see {self.prog} --help")
 
 
 class Switch(argparse.BooleanOptionalAction):
