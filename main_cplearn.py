@@ -498,7 +498,7 @@ def build_model(args, batch_size, device):
         shard=(rank(), world_size()) if args.shard_codes else (0, 1),
     )
     num_logits = batch_size * args.out_dim
-    args.head_impl, loss_function = choose_loss(
+    loss_function = choose_loss(
         args.head_impl, device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
     )
     objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)

@@ -236,7 +236,7 @@ def merge_over_processes(top, total, centers, best):
 
 
 def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademacher", sharded=False):
-    """The form of the loss that runs: (head_impl without "auto", function with `cplearn_loss`'s arguments).
+    """The form of the loss that runs: a function with `cplearn_loss`'s arguments, which `describe_loss` names.
 
     head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
     million logits or more, which saves memory and, but for float32 near that size, time (benchmarks/README.md); else
@@ -252,6 +252,6 @@ def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademache
         raise UserError(f"--head_impl triton: on {device.type} with --dictionary {dictionary}; "
                         "it needs a GPU and rademacher, use tiled")  # fmt: skip
     if head_impl == "dense":
-        return head_impl, cplearn_loss
+        return cplearn_loss
     compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
-    return head_impl, partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)
+    return partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cplearn_head import code_temperature, cplearn_loss, rademacher_codes
-from fused_loss import fused_cplearn_loss
+from cplearn_head import code_temperature, cplearn_loss, describe_loss, rademacher_codes
+from fused_loss import choose_loss, fused_cplearn_loss
 from fused_loss.tiles import default_tile
-from utils import all_reduce_mean
+from utils import UserError, all_reduce_mean
 
 B, DIM, K, TILE = 12, 24, 1001, 64  # 15 whole tiles and one of 41 codes
 BFLOAT16 = torch.bfloat16
@@ -263,6 +263,41 @@ def test_reduce_mean_is_called_once_for_each_global_view(num_global, needed):
     assert len(calls) == num_global
     for h, mean in zip(views, calls, strict=False):
         torch.testing.assert_close(mean, (h.detach() @ codes.double() / tau).softmax(1).mean(0), rtol=1e-10, atol=0)
+
+
+# ---- which form runs -------------------------------------------------------------------------------------------------
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("dense", CPU, 2**30), "dense, float32"),
+        (("auto", CPU, 2**20 - 1), "dense, float32"),
+        (("auto", CPU, 2**20), "tiled, products in float32, sums in float32"),
+        (("auto", CPU, 2**20, True), "tiled, products in bfloat16, sums in float32"),
+        (("auto", CPU, 2**20, True, "hadamard"), "tiled, products in float32, sums in float32"),
+        (("auto", CUDA, 2**30, True), "dense, float32"),
+        (("auto", CUDA, 1, True, "rademacher", True), "tiled, products in bfloat16, sums in float32"),
+        (("triton", CUDA, 1), "triton, products in float32, sums in float32"),
+    ],
+)
+def test_the_form_that_runs_is_chosen_and_can_be_told(asked, said):
+    assert describe_loss(choose_loss(*asked)) == said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("dense", CPU, 1, False, "rademacher", True), "--shard_codes needs"),
+        (("triton", CPU, 1), "triton: on cpu with --dictionary rademacher; it needs a GPU"),
+        (("triton", CUDA, 1, False, "hadamard"), "on cuda with --dictionary hadamard"),
+    ],
+)
+def test_a_form_that_cannot_run_is_refused(asked, said):
+    with pytest.raises(UserError, match=said):
+        choose_loss(*asked)
 
 
 def test_default_tile():
