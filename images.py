@@ -74,11 +74,10 @@ class FolderImages:
         self.root, self.labels, self.classes = os.fsencode(root), labels, classes
         self.ends = np.cumsum([len(name) for name in names])
         self.bytes = np.frombuffer(b"".join(names), np.uint8)
-        self.names_digest = hashlib.sha256(b"\0".join(names))
 
     @functools.cached_property
     def fingerprint(self):
-        digest = self.names_digest.copy()
+        digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))  # the names with a zero between two
         for status in self.look_at_some():
             digest.update(b"%d " % (status.st_size if status else -1))
         return digest.hexdigest()[:16]
@@ -249,11 +248,14 @@ def scan(root):
 # Small sets -----------------------------------------------------------------------------------------------------------
 
 
+DOWNLOADS = "datasets"
+
+
 def open_small_set(dataset, data_path, split):
     train = split == "train"
     if dataset == "fashion_mnist":
         return open_fashion_mnist(data_path, train)
-    root, sets = data_path or "data", torchvision.datasets
+    root, sets = data_path or DOWNLOADS, torchvision.datasets
     if dataset == "svhn":
         found = torchvision_set(
             lambda download: sets.SVHN(root, split="train" if train else "test", download=download), dataset, root
@@ -273,7 +275,7 @@ FASHION_CLASSES += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 def open_fashion_mnist(data_path, train):
     """70,000 gray images of 28 x 28 px: from --data_path, Debian's package, or the network, in this order."""
-    part, root = "train" if train else "t10k", Path(data_path or "data")
+    part, root = "train" if train else "t10k", Path(data_path or DOWNLOADS)
     downloaded = root / "FashionMNIST" / "raw"  # where torchvision puts it
     for folder in (root, downloaded, Path(DEBIAN_FASHION_MNIST)):
         paths = [find_idx(folder / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]

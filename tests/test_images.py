@@ -1,7 +1,9 @@
 """Where images come from and how they are decoded."""
 
 import gzip
+import hashlib
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,6 +263,34 @@ def test_fingerprint_notices_images_made_anew_under_the_same_names(tmp_path):
     first, again = (open_dataset(folder_args(tmp_path)).fingerprint for _ in range(2))
     write(tmp_path / "a.png", picture(9, 9))
     assert first == again != open_dataset(folder_args(tmp_path)).fingerprint
+
+
+def test_fingerprint_is_of_the_names_joined_by_zeros_then_of_sizes(class_folders):
+    """Checkpoints hold it: another way to count it would end all runs."""
+    images = open_dataset(folder_args(class_folders))
+    paths = [path for path, _ in torchvision.datasets.ImageFolder(class_folders).samples]
+    names = "\0".join(os.path.relpath(path, class_folders) for path in paths)
+    sizes = "".join(f"{os.path.getsize(path)} " for path in paths)
+    assert images.fingerprint == hashlib.sha256((names + sizes).encode()).hexdigest()[:16]
+
+
+def test_a_folder_of_images_goes_to_worker_processes(class_folders):
+    images = open_dataset(folder_args(class_folders))
+    again = pickle.loads(pickle.dumps(images))
+    assert again.fingerprint == images.fingerprint and again.name(26) == images.name(26)
+    assert torch.equal(again.load(26), images.load(26))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_workers_of_every_kind_read_a_folder(class_folders, context):
+    images = open_dataset(folder_args(class_folders))
+    batches = torch.utils.data.DataLoader(
+        data.EvalDataset(images, 32, 3), batch_sampler=[[0, 5], [26]], num_workers=1, multiprocessing_context=context,
+        collate_fn=data.already_collated,
+    )  # fmt: skip
+    expected = data.EvalDataset(images, 32, 3)
+    assert all(map(torch.equal, batches, map(expected.__getitems__, ([0, 5], [26]))))
 
 
 def test_names_take_little_memory():
