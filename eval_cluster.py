@@ -121,7 +121,7 @@ def check_flags(args):
     if args.export and Path(args.export).suffix not in EXPORTS:
         raise UserError(f"--export {args.export}: expected a name that ends in {' or '.join(EXPORTS)}")
     if args.export:
-        evaluation.make_folder(Path(args.export).parent, "--export")
+        utils.make_folder(Path(args.export).parent, "--export")
 
 
 def resolve_kmeans(ks, images):

@@ -17,7 +17,6 @@ import argparse
 import io
 import itertools
 import math
-import os
 import signal
 import sys
 import time
@@ -65,6 +64,7 @@ from utils import (
     cosine_schedule,
     init_distributed,
     is_lost_peer,
+    make_folder,
     on_rank_zero,
     parameter_groups,
     rank,
@@ -572,18 +572,6 @@ def open_val(args, images):
     if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
     return val_images
-
-
-def make_folder(folder):
-    try:
-        str(folder).encode()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be made ({error.strerror})") from None
-    except ValueError:  # not UTF-8, or with a zero byte
-        raise UserError(f"--output_dir {str(folder)!a}: is no path") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output_dir {folder}: cannot be written to")
 
 
 @command_line

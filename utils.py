@@ -186,6 +186,19 @@ def print_error(error):
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
 
 
+def make_folder(folder, flag="--output_dir"):
+    """Before the work begins rather than after it. Raises UserError where it cannot be made or written to."""
+    try:
+        str(folder).encode()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be made ({error.strerror})") from None
+    except ValueError:  # not UTF-8, or with a zero byte
+        raise UserError(f"{flag} {str(folder)!a}: is no path") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {folder}: cannot be written to")
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 

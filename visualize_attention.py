@@ -70,11 +70,11 @@ def main(argv=None):
         return  # a few pictures are the work of one process
     folders = image_folders(args.image_path, Path(args.output_dir))
     model = open_vit(args, device)
-    evaluation.make_folder(args.output_dir, "--output_dir")
+    utils.make_folder(args.output_dir)
     seen = see_all(model.backbone, folders, args, device)
     colours, variance = pca_colours([image.tokens for image in seen], args.pca)
     for image, picture in zip(seen, colours, strict=True):
-        evaluation.make_folder(folders[image.path], "--output_dir")
+        utils.make_folder(folders[image.path])
         save_pictures(image, picture, args.threshold, folders[image.path])
         plot_overview(image, picture, args.threshold, folders[image.path] / "overview.png")
     if os.path.isdir(args.image_path):

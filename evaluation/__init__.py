@@ -21,6 +21,8 @@ import re
 import shlex
 import shutil
 import sys
+import time
+import uuid
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +42,8 @@ from utils import PRECISIONS, UserError
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with any kind of colour vision
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
+
+MAX_STATS = 200_000  # files whose size and times are looked at: 2 s on a disk, a minute over a slow network
 
 # flags of DINO's evaluations that have no meaning here, and what to do instead
 DINO_ONLY = {
@@ -64,16 +68,17 @@ def evaluation_parser(prog, description):
         "beat",
     )
     add(
-        "--batch_size_per_gpu", "--batch_size", dest="batch_size", type=int, default=128,
+        "--batch_size_per_gpu", "--batch_size", dest="batch_size", type=utils.positive(int), default=128,
         help="images per forward pass and process; changes no score, except where eval_linear.py trains with it (dino)",
     )  # fmt: skip
     add(
         "--features_dir",
         default=None,
-        help="folder in which features are kept: the next evaluation of the same model on the same images reads them",
+        help="folder in which features are kept: the next evaluation of the same model on the same images reads them, "
+        "and says so",
     )
     add("--output_dir", default=None, help="folder for tables and figures (default: the table is only printed)")
-    add("--seed", type=int, default=0, help="of everything that is drawn at random")
+    add("--seed", type=utils.Number(int, least=0, below=2**63), default=0, help="of everything that is drawn at random")
     return parser
 
 
@@ -96,12 +101,15 @@ class EvaluatedModel:
         --features_dir where they are there, and then mapped into memory, not loaded. Processes call it together."""
         if self.args.features_dir is None:
             return self._compute(images)
-        folder = from_first(Path(self.args.features_dir) / self._cache_key(images))
-        if not from_first(folder.is_dir()):
-            matrices = self._compute(images)
-            if utils.rank() == 0:
-                store_features(folder, *matrices, self._cache_meaning(images))
-            from_first(None)  # the others wait for the first
+        meaning = from_first(self._cache_meaning(images) if utils.rank() == 0 else None)  # before a picture is read
+        folder = Path(self.args.features_dir) / cache_key(meaning)
+        whose = f"{self.name}: features of {len(images)} images"
+        if from_first(folder.is_dir()):
+            note(f"{whose} read from {folder}, of {date_of(folder)}")
+        else:
+            utils.on_rank_zero(utils.make_folder, self.args.features_dir, "--features_dir")
+            utils.on_rank_zero(store_features, folder, *self._compute(images), meaning)
+            note(f"{whose} written to {folder}")
         return load_features(folder)
 
     def describe(self):
@@ -130,8 +138,10 @@ class EvaluatedModel:
             **image_flags,
         }
 
-    def _cache_key(self, images):
-        return hashlib.sha256(json.dumps(self._cache_meaning(images), sort_keys=True).encode()).hexdigest()[:16]
+
+def cache_key(meaning):
+    """Name of a folder of features, 16 hexadecimal digits, a function of all that features depend on."""
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model):
@@ -144,11 +154,17 @@ def fingerprint(model):
 
 
 def files_fingerprint(images):
-    """Of the folder of images, and of size and time of change of some files in it: another folder with the same names
-    in it, or images made anew, are other images. 16 hexadecimal digits."""
+    """Of the folder of images, and of size and times of change of `MAX_STATS` files in it: another folder with the same
+    names in it, or images made anew, are other images. The second time is the kernel's own: a copy that keeps the date
+    of the original changes it too. 16 hexadecimal digits."""
+    if len(images) > MAX_STATS:
+        note(
+            f"--features_dir: {len(images)} files; size and times of {MAX_STATS} of them tell whether "
+            "images have changed; where others have, remove the folder of features"
+        )
     digest = hashlib.sha256(os.path.realpath(images.root))
-    for status in images.look_at_some():
-        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode() if status else b"none")
+    for status in images.look_at_some(MAX_STATS):
+        digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode() if status else b"none")
     return digest.hexdigest()[:16]
 
 
@@ -158,12 +174,8 @@ def open_models(args, device):
     All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
     must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size_per_gpu {args.batch_size}: expected at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
-    make_folder(args.output_dir, "--output_dir")
-    make_folder(args.features_dir, "--features_dir")
+    if args.output_dir is not None:
+        utils.make_folder(args.output_dir)
     args.precision = utils.choose_precision(args.precision, device)
     models = []
     for path, name in zip(args.checkpoint, short_names(args.checkpoint), strict=True):
@@ -271,19 +283,26 @@ def extract_all(models, *image_sets):
 
 
 def store_features(folder, matrix, codes, meaning):
-    """Write them beside `folder`, then rename, so that a folder is whole. Read by `load_features`, and by numpy."""
-    aside = folder.with_name(f".{folder.name}.tmp")
+    """Write a folder of features, whole or not at all, which `load_features` and numpy read. Where another evaluation
+    has written it meanwhile, its features stay: they are the same."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # this evaluation's own
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir()
         np.save(aside / "features.npy", matrix.numpy())
         if codes is not None:
             np.save(aside / "codes.npy", codes.numpy())
         (aside / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
         os.replace(aside, folder)
     except OSError as error:
+        if not folder.is_dir():
+            raise UserError(f"--features_dir {folder.parent}: cannot be written: {error.strerror}") from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"--features_dir {folder.parent}: cannot be written: {error.strerror}") from error
+
+
+def date_of(folder):
+    """When a folder of features was written, in local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
 
 
 def load_features(folder):
@@ -304,6 +323,12 @@ def from_first(value):
     if utils.world_size() > 1:
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
+
+
+def note(text):
+    """One line for the reader of the terminal, beside the table; by the first process."""
+    if utils.rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 # ---- one table of results --------------------------------------------------------------------------------------------
@@ -353,15 +378,6 @@ def versions():
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def make_folder(path, flag):
-    """Before the work begins rather than after it; None stays None."""
-    try:
-        if path is not None:
-            Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from error
 
 
 def pyplot():

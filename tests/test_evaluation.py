@@ -1,8 +1,10 @@
 """The plumbing of the evaluations: which models on which images, features on disk, and the table."""
 
 import argparse
+import concurrent.futures
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -111,26 +113,39 @@ def test_batch_size_changes_no_feature(folder, sizes):
 # ---- features on disk ------------------------------------------------------------------------------------------------
 
 
-def test_features_are_computed_once_and_then_mapped(folder, tmp_path, monkeypatch):
+def key(evaluated, images):
+    return evaluation.cache_key(evaluated._cache_meaning(images))
+
+
+def test_features_are_computed_once_and_then_mapped(folder, tmp_path, monkeypatch, capsys):
     models, images = both(folder, features_dir=tmp_path)
     fresh = [evaluated._compute(images) for evaluated in models]
     stored = [evaluated.extract(images) for evaluated in models]
+    written = [f"{tmp_path}/{key(evaluated, images)}" for evaluated in models]
+    lines = [f"note: {name}: features of 27 images written to {path}" for name, path in zip("ab", written, strict=True)]
+    assert capsys.readouterr().err.splitlines() == lines
+    for path in written:
+        os.utime(path, (0, 86400))
     monkeypatch.setattr(evaluation, "extract_features", None)  # would fail
     again, images = both(folder, features_dir=tmp_path, batch_size=3)
     for expected, first, evaluated in zip(fresh, stored, again, strict=True):
         for x, y, z in zip(expected, first, evaluated.extract(images), strict=True):
             assert torch.equal(x, y)
             assert torch.equal(x, z)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[: line.index("1970-01-0")] for line in lines] == [  # the day is the time zone's
+        f"note: {name}: features of 27 images read from {path}, of " for name, path in zip("ab", written, strict=True)
+    ]
     found, _ = again[0].extract(images)
     maps = Path("/proc/self/maps").read_text()
-    assert f"{tmp_path}/{again[0]._cache_key(images)}/features.npy" in maps  # not read into memory
+    assert f"{tmp_path}/{key(again[0], images)}/features.npy" in maps  # not read into memory
     found[0] = 0  # a probe may scribble on them
     assert torch.equal(again[0].extract(images)[0], fresh[0][0])
 
 
 def test_whatever_changes_features_changes_their_name(folder, tmp_path):
     (evaluated, other), images = both(folder)
-    keys = {evaluated._cache_key(images), other._cache_key(images)}
+    keys = {key(evaluated, images), key(other, images)}
     for name, value in {
         "img_size": 32,
         "mean": [0.1] * 3,
@@ -140,25 +155,74 @@ def test_whatever_changes_features_changes_their_name(folder, tmp_path):
     }.items():
         changed = both(folder)[0][0]
         setattr(changed.args, name, value)
-        keys.add(changed._cache_key(images))
+        keys.add(key(changed, images))
     changed = both(folder)[0][0]
     changed.model.backbone.block1.conv1.bias[0] += 1e-6
-    keys.add(changed._cache_key(images))
+    keys.add(key(changed, images))
     write_class_folders(tmp_path / "val")  # the same names and pictures in another folder
     evaluated.args.data_path = str(tmp_path)
-    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
+    keys.add(key(evaluated, open_images([evaluated], "val")))
     Image.new("RGB", (20, 20)).save(tmp_path / "val" / "ant" / "0.jpg")  # made anew
-    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
+    keys.add(key(evaluated, open_images([evaluated], "val")))
     (tmp_path / "val" / "ant" / "0.jpg").rename(tmp_path / "val" / "ant" / "00.jpg")
-    keys.add(evaluated._cache_key(open_images([evaluated], "val")))
+    keys.add(key(evaluated, open_images([evaluated], "val")))
     assert len(keys) == 11
-    assert evaluated._cache_key(open_images([evaluated], "val")) in keys
+    assert key(evaluated, open_images([evaluated], "val")) in keys
+
+
+@pytest.mark.parametrize("change", ["one of many", "same size and date"])
+def test_a_picture_replaced_under_its_old_name_is_seen(change, tmp_path):
+    """One of 1,500 files."""
+    names = [b"%04d.png" % i for i in range(1500)]
+    for name in names:
+        (tmp_path / name.decode()).write_bytes(b"picture")
+    before = evaluation.files_fingerprint(FolderImages(tmp_path, names))
+    path = tmp_path / "1498.png"
+    dates = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(b"another" if change == "same size and date" else b"another picture")
+    os.utime(path, ns=dates)
+    assert evaluation.files_fingerprint(FolderImages(tmp_path, names)) != before
+
+
+def test_where_not_all_files_are_looked_at_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "MAX_STATS", 10)
+    evaluation.files_fingerprint(FolderImages(tmp_path, [b"lost"] * 10))
+    assert capsys.readouterr().err == ""
+    evaluation.files_fingerprint(FolderImages(tmp_path, [b"lost"] * 11))
+    assert "note: --features_dir: 11 files; size and times of 10 of them tell" in capsys.readouterr().err
+
+
+def test_two_evaluations_with_one_folder_of_features(tmp_path, monkeypatch):
+    """Each is in the middle of writing when the other is; both end well, and one whole folder is there."""
+    matrix, codes, both_write = torch.randn(5, 3), torch.arange(5), threading.Barrier(2, timeout=20)
+    save = np.save
+
+    def save_together(path, array):
+        both_write.wait()
+        save(path, array)
+        both_write.wait()
+
+    monkeypatch.setattr(np, "save", save_together)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        args = (tmp_path / "key", matrix, codes, {"model": "a"})
+        for future in [threads.submit(evaluation.store_features, *args) for _ in range(2)]:
+            future.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["codes.npy", "features.npy", "meaning.json"]
+    assert all(map(torch.equal, evaluation.load_features(tmp_path / "key"), (matrix, codes)))
+
+
+def test_features_that_cannot_be_kept_are_one_line_before_any_work(folder, monkeypatch):
+    (evaluated, _), images = both(folder, features_dir="/proc/no")
+    monkeypatch.setattr(evaluation, "extract_features", None)  # would fail
+    with pytest.raises(UserError, match="--features_dir /proc/no: cannot be made"):
+        evaluated.extract(images)
 
 
 def test_damaged_features_are_named(folder, tmp_path):
     (evaluated, _), images = both(folder, features_dir=tmp_path)
     evaluated.extract(images)
-    path = tmp_path / evaluated._cache_key(images) / "features.npy"
+    path = tmp_path / key(evaluated, images) / "features.npy"
     os.truncate(path, 200)
     with pytest.raises(UserError, match=r"damaged .* remove the folder"):
         evaluated.extract(images)
@@ -192,7 +256,6 @@ def test_two_processes_share_the_work_and_the_file(folder, tmp_path, run_in_proc
         (["lost.pth"], {}, "no such file"),
         (["lost.pth:student"], {}, "no such file"),
         (["a/checkpoint.pth"], {"output_dir": "/proc/no"}, "--output_dir /proc/no"),
-        (["a/checkpoint.pth"], {"features_dir": "/proc/no"}, "--features_dir /proc/no"),
     ],
 )
 def test_models_that_cannot_be_compared(folder, checkpoints, flags, message):
