@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import UserError
+from utils import Number, UserError
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def add_augmentation_arguments(parser):
     )
     add(
         "--global_crops_scale",
-        type=float,
+        type=Number(float, above=0, most=1),
         nargs=2,
         default=(0.4, 1.0),
         metavar=("MIN", "MAX"),
@@ -50,14 +50,14 @@ def add_augmentation_arguments(parser):
     )
     add(
         "--local_crops_number",
-        type=int,
+        type=Number(int, least=0, most=100),
         default=0,
         help="small crops besides the two global ones; 0 is the paper. More cost time and memory per step and may need "
         "fewer epochs",
     )
     add(
         "--local_crops_scale",
-        type=float,
+        type=Number(float, above=0, most=1),
         nargs=2,
         default=(0.05, 0.4),
         metavar=("MIN", "MAX"),
@@ -65,14 +65,14 @@ def add_augmentation_arguments(parser):
     )
     add(
         "--local_crops_size",
-        type=int,
+        type=Number(int, least=1, most=2**15),
         default=None,
         help="side of the local crops in pixels; default 96 at --img_size 224, else in that proportion, to a multiple "
         "of --patch_size",
     )
     add(
         "--max_bad_images",
-        type=float,
+        type=Number(float, least=0, most=1),
         default=0.01,
         help="the run ends when more than this fraction of the images cannot be read; until then another image takes "
         "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad",
@@ -85,8 +85,6 @@ def resolve_augmentation_defaults(args):
     args: a namespace with the flags of `add_augmentation_arguments`, `dataset`, `patch_size`, the resolved `img_size`.
     Raises UserError for a value that makes no sense.
     """
-    if not 0 < args.patch_size < 10_000:
-        raise UserError(f"--patch_size {args.patch_size}: expected a number of pixels above 0")
     if args.augmentation is None:
         args.augmentation = "dino" if args.dataset == "imagefolder" else "small"
     if args.local_crops_size is None:
@@ -94,19 +92,12 @@ def resolve_augmentation_defaults(args):
         args.local_crops_size = args.patch_size * max(1, patches)
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"--{name} {low:g} {high:g}: expected 0 < MIN <= MAX <= 1, fractions of the image's area")
-    if not 0 <= args.local_crops_number <= 100 or not 1 <= args.local_crops_size <= 2**15:
-        raise UserError(
-            f"--local_crops_number {args.local_crops_number} must be from 0 to 100, "
-            f"--local_crops_size {args.local_crops_size} from 1 to {2**15}"
-        )
+        if low > high:
+            raise UserError(f"--{name} {low:g} {high:g}: expected MIN <= MAX")
     if args.augmentation == "small" and args.img_size <= PADDING:
         raise UserError(
             f"--img_size {args.img_size} is too small for --augmentation small, which pads by {PADDING} px: take dino"
         )
-    if not 0 <= args.max_bad_images <= 1:
-        raise UserError(f"--max_bad_images {args.max_bad_images:g}: expected a fraction between 0 and 1")
 
 
 # Recipe ---------------------------------------------------------------------------------------------------------------

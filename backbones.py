@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 
 import vision_transformer
-from utils import UserError
+from utils import Number, UserError
 
 ARCHS = (*vision_transformer.ARCHS, "resnet8", "resnet18")
 RESNET8_WIDTH = 128  # Table 5 of arXiv 2410.04959 leaves it open: 128 in its runs, 256 for CIFAR-100
@@ -35,7 +35,7 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--patch_size",
-        type=int,
+        type=Number(int, least=1, most=2**15),
         default=16,
         help="side of a ViT's patches in pixels; 8 is better and about 5 times slower; for 32 px images use 4 "
         "(default: %(default)s)",

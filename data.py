@@ -13,10 +13,10 @@ an epoch is a function of (seed, epoch), the replacement of a bad file of (seed,
 Shapes: N images of a set, B of a batch (b where the last may be short), V views, C channels, H x W image, h x w crop.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
-import math
 import os
 import signal
 
@@ -36,10 +36,18 @@ from augmentation import (
     view_draws,
 )
 from images import DATASETS, BadImage, FolderImages, first_line
-from utils import RunFailed, UserError
+from utils import Number, RunFailed, UserError
+
 
 # Flags ----------------------------------------------------------------------------------------------------------------
-MAX_WORKERS = 256  # per training process: more would only stop the machine
+class Level(Number):
+    """argparse's `type=` of a brightness: a number in a range, on the scale where black is 0 and white 1."""
+
+    def __str__(self):
+        return f"{super().__str__()}, where black is 0 and white 1"
+
+
+MEAN, STD = Level(float, least=0, most=1), Level(float, above=0, most=1)
 
 
 def add_dataset_arguments(parser):
@@ -70,30 +78,30 @@ def add_dataset_arguments(parser):
     )
     add(
         "--img_size",
-        type=int,
+        type=Number(int, least=1, most=2**15),
         default=None,
         help="side of the global crops in pixels; default 224 for imagefolder, else the data set's own. Lower it when "
         "your images are smaller; must suit --patch_size",
     )
     add(
         "--in_chans",
-        type=int,
+        type=Number(int, least=1, most=1024),
         default=None,
         help="1 or 3; default: the data set's. Gray images are repeated to 3 channels, colour images turned to gray "
         "for 1: use that when colour means nothing in your images",
     )
     add(
         "--mean",
-        type=float,
+        type=MEAN,
         nargs="+",
         default=None,
-        help="per channel, on the [0, 1] scale; default: the data set's, ImageNet's for imagefolder. Give your own for "
-        "images that look unlike photographs",
+        help="per channel; default: the data set's, ImageNet's for imagefolder. Give your own for images that look "
+        "unlike photographs",
     )
-    add("--std", type=float, nargs="+", default=None, help="per channel, on the [0, 1] scale; see --mean")
+    add("--std", type=STD, nargs="+", default=None, help="per channel; see --mean")
     add(
         "--num_workers",
-        type=int,
+        type=Number(int, least=0, most=256),
         default=None,
         help="processes that decode and crop, per training process; default 10, or this process's share of the cpus if "
         "that is less. Raise it when the log shows time spent waiting for data; 0 decodes in the training process. "
@@ -112,27 +120,26 @@ def resolve_dataset_defaults(args):
         args.img_size = known["img_size"]
     if args.in_chans is None:
         args.in_chans = len(known["mean"])
-    if not 1 <= args.in_chans <= 1024:
-        raise UserError(f"--in_chans {args.in_chans}: expected the images' number of channels, 1 or 3")
-    for name in ("mean", "std"):
+    for name, kind in (("mean", MEAN), ("std", STD)):
         if getattr(args, name) is None:
             setattr(args, name, fit_channels(known[name], args.in_chans))
-        if len(getattr(args, name)) != args.in_chans:
-            raise UserError(
-                f"--{name} has {len(getattr(args, name))} values, --in_chans is {args.in_chans}: give one per channel"
-            )
+        check_levels(f"--{name}", getattr(args, name), kind, args.in_chans)
     if args.num_workers is None:
         args.num_workers = max(1, min(10, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if not 1 <= args.img_size <= 2**15 or not 0 <= args.num_workers <= MAX_WORKERS:
-        raise UserError(
-            f"--img_size {args.img_size} must be from 1 to {2**15}, "
-            f"--num_workers {args.num_workers} from 0 to {MAX_WORKERS}"
-        )
-    if not all(math.isfinite(m) for m in args.mean) or not all(0 < s < math.inf for s in args.std):
-        raise UserError(f"--mean {args.mean} --std {args.std}: finite numbers, std above 0, on the [0, 1] scale")
     if hasattr(args, "augmentation"):
         resolve_augmentation_defaults(args)
     return args
+
+
+def check_levels(flag, values, kind, channels):
+    """One per channel and in the range of `kind`: they may come from a checkpoint as well as from the flag."""
+    if len(values) != channels:
+        raise UserError(f"{flag} has {len(values)} values, --in_chans is {channels}: give one per channel")
+    try:
+        for value in values:
+            kind(value)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def fit_channels(values, channels):

@@ -112,7 +112,7 @@ def get_args_parser():
     )  # fmt: skip
     add("--val_freq", type=int, default=None, help="dino: epochs from one test to the next (default: 1)")
     add(
-        "--max_bad_images", type=float, default=None,
+        "--max_bad_images", type=utils.Number(float, least=0, most=1), default=None,
         help="dino: ends when more than this fraction of the training images cannot be read (default: 0.01); until "
         "then others take their places",
     )  # fmt: skip

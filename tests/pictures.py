@@ -1,7 +1,5 @@
 """What the tests of data.py and augmentation.py share: flags, loaders, small pictures and files of them."""
 
-import argparse
-
 import numpy as np
 import scipy.ndimage
 import torch
@@ -10,10 +8,11 @@ from PIL import Image
 import augmentation
 import data
 from images import ArrayImages
+from utils import ArgumentParser
 
 
 def make_args(*flags, **changes):
-    parser = argparse.ArgumentParser()
+    parser = ArgumentParser("test.py", "")
     parser.add_argument("--patch_size", type=int, default=16)  # backbones.py's
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)

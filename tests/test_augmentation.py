@@ -368,7 +368,7 @@ def test_augmentation_never_waits_for_the_gpu_and_equals_the_cpu(photographs, re
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--global_crops_scale", 0, 1), "0 < MIN"),
+        (("--global_crops_scale", 0, 1), "--global_crops_scale 0: expected a number above 0"),
         (("--global_crops_scale", 0.5, 0.4), r"0\.5 0\.4"),
         (("--local_crops_scale", 0.5, 1.5), "local_crops_scale"),
         (("--local_crops_number", -1), "-1"),

@@ -222,8 +222,12 @@ def test_defaults_follow_the_data_set():
         (("--img_size", 0), "img_size"),
         (("--num_workers", -1), "num_workers"),
         (("--mean", 0.1, 0.2), "2 values, --in_chans is 1"),
-        (("--std", 0), "std above 0"),
-        (("--mean", "nan"), "finite"),
+        (("--num_workers", 257), "at most 256"),
+        (("--std", 0), "--std 0: expected a number above 0 and of at most 1, where black is 0 and white 1"),
+        (("--std", 58.4), "--std 58.4"),
+        (("--mean", 123.7), "--mean 123.7: expected a number of at least 0 and of at most 1, where black is 0"),
+        (("--mean", -0.1), "of at least 0"),
+        (("--mean", "nan"), "--mean nan"),
         (("--in_chans", 0), "in_chans"),
     ],
 )
@@ -231,6 +235,19 @@ def test_values_without_meaning_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as error:
         make_args(*flags)
     assert "\n" not in str(error.value)
+
+
+def test_mean_and_std_from_a_file_have_the_flags_ranges():
+    """A checkpoint or a config.json gives them without argparse."""
+    for name, values, message in (
+        ("mean", [123.7], "--mean 123.7"),
+        ("std", [0.0], "--std 0"),
+        ("std", [], "0 values"),
+    ):
+        args = make_args()
+        setattr(args, name, values)
+        with pytest.raises(UserError, match=message):
+            data.resolve_dataset_defaults(args)
 
 
 def test_channels_that_cannot_be_made(photographs):
