@@ -129,7 +129,8 @@ class CPLearnHead(nn.Module):
     def assign(self, x):
         """Backbone features (B, D) -> the code of each image (B,) int64, with the running statistics of batch norm."""
         was_training = self.training
-        codes = nearest_code(self.eval()(x), self.dictionary)
+        with torch.autocast(x.device.type, enabled=False):
+            codes = nearest_code(self.eval()(x), self.dictionary)
         self.train(was_training)
         return codes
 

@@ -50,6 +50,7 @@ class Dictionary(nn.Module):
         self.first = index * self.shape[1]
         self.register_buffer("anchor", torch.empty(0), persistent=False)  # on this module's device
         self.register_buffer("data", None, persistent=False)
+        self._packed = None
         self.fill()
 
     @staticmethod
@@ -72,6 +73,7 @@ class Dictionary(nn.Module):
 
     def fill(self, packed=None):
         """Take the codes from bits of the whole dictionary as `pack_codes` makes them, or from the seed."""
+        self._packed = None
         part = *self.shape, self.seed, self.first
         if packed is not None:
             packed = packed[:, self.first // 8 : self.first // 8 + math.ceil(self.shape[1] / 8)]
@@ -108,12 +110,15 @@ class Dictionary(nn.Module):
         return ((words >> (index % WORD).to(words.dtype)) & 1).to(torch.int8) * 2 - 1
 
     def packed(self):
-        """The dictionary as bits, (F, ceil(K / 8)) uint8; None where its seed stands for it in a checkpoint."""
-        if not self.travels_as_bits():
-            return None
-        if self.storage != "bits":
-            return pack_codes(self.dense())
-        packed = self.data.view(torch.uint8)[:, : math.ceil(self.shape[1] / 8)].clone()
+        """The dictionary as bits on the CPU, (F, ceil(K / 8)) uint8; None where its seed stands for it in a checkpoint.
+
+        They are packed at the first call and kept, so that every later checkpoint costs nothing: do not change them."""
+        if self._packed is None and self.travels_as_bits():
+            self._packed = self._stored_bits() if self.storage == "bits" else pack_codes(self.dense())
+        return self._packed
+
+    def _stored_bits(self):
+        packed = self.data.view(torch.uint8)[:, : math.ceil(self.shape[1] / 8)].cpu().clone()
         if self.shape[1] % 8:
             packed[:, -1] &= 2 ** (self.shape[1] % 8) - 1  # hashed words go on after the last code
         return packed
@@ -200,19 +205,29 @@ def _words_of(packed):
 
 
 @torch.no_grad()
-def nearest_code(h, codes, tile=4096):
+def nearest_code(h, codes, tile=None):
     """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory.
 
-    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h."""
+    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h.
+    tile: codes in a tile; None: what suits the device."""
     codes = Dictionary.of(codes)
+    tile = tile or codes_in_tile((h.shape[1] + 2 * len(h)) * h.element_size(), h.device)
     best = torch.full((len(h),), -math.inf, dtype=h.dtype, device=h.device)
     nearest = torch.zeros(len(h), dtype=torch.int64, device=h.device)
     for start in range(0, codes.shape[1], tile):
-        with torch.autocast(h.device.type, enabled=False):
-            score, k = (h @ codes.tile(start, min(start + tile, codes.shape[1])).to(h.dtype)).max(dim=1)
+        score, k = (h @ codes.tile(start, min(start + tile, codes.shape[1])).to(h.dtype)).max(dim=1)
         nearest = torch.where(score > best, k + (codes.first + start), nearest)
         best = torch.maximum(score, best)
     return highest_over_processes(best, nearest) if codes.sharded else nearest
+
+
+def codes_in_tile(bytes_per_code, device):
+    """Codes in a tile, a power of two, where a code and what is computed of it take so many bytes.
+
+    On a CPU a tile stays in a core's cache. Elsewhere each operation costs a launch, so that a tile takes half a GB, a
+    whole one while PyTorch computes; what is best on a GPU was not timed."""
+    memory = 2**23 if device.type == "cpu" else 2**29
+    return 2 ** max(7, math.floor(math.log2(memory / bytes_per_code)))
 
 
 def highest_over_processes(score, index):

@@ -112,9 +112,8 @@ def all_forms(args):
     forms = {BASELINE: ("rademacher", "int8", partial(authors_loss, prior=args.prior))}
     forms |= {name: ("rademacher", "int8", loss) for name, loss in dense.items()}
     tiled = partial(fused_loss, prior=args.prior, tile=args.tile)
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.int8)):
-        if args.device == "cpu" or name != "int8":
-            forms[f"tiled, {name}"] = ("rademacher", "int8", partial(tiled, compute_dtype=dtype))
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        forms[f"tiled, {name}"] = ("rademacher", "int8", partial(tiled, compute_dtype=dtype))
     bf16 = partial(tiled, compute_dtype=torch.bfloat16)
     forms["tiled, bf16, several processes"] = ("rademacher", "int8", partial(bf16, reduce_mean=as_if_reduced))
     for storage in ("bits", "seed"):

@@ -55,8 +55,8 @@ def fused_cplearn_loss(
         mean over all processes, and must return it.
     impl: "tiled", or "triton" (CUDA). A Hadamard dictionary has transforms of its own, in float32.
     compute_dtype: of the matrix products. None: the views' dtype, float32 or float64. float32 views also take
-        torch.bfloat16, which rounds what enters and, tiled, what leaves them, and torch.int8 (tiled): h in 16 bits,
-        exact logits. Sums over tiles, maxima and exponentials stay in float32.
+        torch.bfloat16, which rounds what enters and, tiled, what leaves them. Sums over tiles, maxima and exponentials
+        stay in float32.
     tile: T, codes in a tile; None: chosen from the number of images and views.
     Returns (loss, terms): scalars in nats; unlike there the terms carry no gradient, and where the passes found it
     there is a third, "assignment": argmax_k of the first view's logits, (B,) int64.
@@ -78,7 +78,7 @@ def _check_precision(views, compute_dtype, tile):
     dtype = views[0].dtype
     if any(h.dtype not in (torch.float32, torch.float64) or h.dtype != dtype for h in views):
         raise ValueError(f"views are {[h.dtype for h in views]}; expected all float32 or all float64")
-    allowed = [torch.float64] if dtype == torch.float64 else [torch.float32, torch.bfloat16, torch.int8]
+    allowed = [torch.float64] if dtype == torch.float64 else [torch.float32, torch.bfloat16]
     if compute_dtype not in (None, *allowed):
         raise ValueError(f"compute_dtype is {compute_dtype} for {dtype} views; expected one of {allowed}")
     if tile is not None and tile < 1:

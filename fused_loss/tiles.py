@@ -1,7 +1,8 @@
 """The two passes of `fused_loss` over a dictionary, by matrix products on tiles of codes.
 
-Any device; made for CPUs: a tile of codes and its logits stay in a core's cache, what stands between the products is
-compiled by torch.compile where there is a compiler, and each thread takes a share of the codes.
+On a CPU a tile of codes and its logits stay in a core's cache, torch.compile compiles what stands between the products
+where it finds a compiler, and each thread takes a share of the codes. On other devices tiles are as large as memory
+allows: each operation there costs a launch, whatever its size.
 
     G views of B images to weigh, R rows of any images      F head width, K codes, T codes in a tile
 """
@@ -15,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-TILE_BYTES = 2**23  # that a tile and what is computed of it take; larger ones are a little faster
+from dictionary import codes_in_tile
+
 LARGE = 2**21  # logits in all, from which compiling (seconds, once a process) and threads pay
 
 
@@ -40,24 +42,20 @@ class Slope(NamedTuple):
 class Tiles:
     """Both passes over the codes that this process holds.
 
-    codes: a Dictionary.  compute_dtype: of the products. torch.bfloat16 rounds what enters and leaves them; torch.int8
-    takes rows as 16-bit integers, so that logits are exact, and bfloat16 for the products of weights and codes.
+    codes: a Dictionary.  compute_dtype: of the products; torch.bfloat16 rounds what enters and leaves them.
     num_rows: R of the larger pass, from which the default of tile is chosen.
     """
 
     def __init__(self, codes, compute_dtype, num_rows, tile=None):
         self.codes, self.compute_dtype, self.products = codes, compute_dtype, {}
-        self.tile = min(tile or default_tile(num_rows, codes.shape[0], compute_dtype), codes.shape[1])
+        self.tile = min(tile or default_tile(num_rows, codes.shape[0], compute_dtype, codes.device), codes.shape[1])
         large = codes.device.type == "cpu" and num_rows * codes.shape[1] >= LARGE
         self.shares = self._shares(torch.get_num_threads() if large else 1)
         self.compiled = large
 
     def round(self, rows):
         """rows (.., F) as both passes see them, in rows' dtype."""
-        if self.compute_dtype != torch.int8:
-            return rows.to(self.compute_dtype).to(rows.dtype)
-        high, low, scale = split_rows(rows)
-        return (high.to(rows.dtype) * 256 + low.to(rows.dtype)) * scale
+        return rows.to(self.compute_dtype).to(rows.dtype)
 
     def statistics(self, rows):
         """What the loss must know of each row's logits s = rows @ W, from one pass with an online maximum.
@@ -111,7 +109,7 @@ class Tiles:
         for start in starts:
             raw = products.logits(start, shift)
             e, sum_e, new_top, highest, where, of_highest = self._run(
-                softmax_tile, raw, shift, products.scale, rows, products.codes, top
+                softmax_tile, raw, shift, rows, products.codes, top
             )
             best = torch.where(highest > top, start + where, best)
             shrink = (top - new_top).exp_()
@@ -133,9 +131,7 @@ class Tiles:
             raw = products.logits(start, shift)
             codes, first = products.codes, start - starts[0]
             given = slope[:, start : start + codes.shape[1]] if torch.is_tensor(slope) else slope
-            mean, *of_tile = self._run(
-                gradient_tile, raw, shift, products.scale, codes, top, total, offset, given, agreement
-            )
+            mean, *of_tile = self._run(gradient_tile, raw, shift, codes, top, total, offset, given, agreement)
             means[:, first : first + codes.shape[1]] = mean
             if slope is not None:
                 weights, sum_weights, of_likeliest = of_tile
@@ -145,9 +141,9 @@ class Tiles:
         return means, product, mass
 
     def _products(self, starts):
-        """Those of one share of the codes."""
+        """The `Products` of one share of the codes."""
         if starts[0] not in self.products:
-            kind = PRODUCTS.get(self.compute_dtype, Products)
+            kind = Bfloat16Products if self.compute_dtype == torch.bfloat16 else Products
             self.products[starts[0]] = kind(self.codes, self.compute_dtype, self.tile)
         return self.products[starts[0]]
 
@@ -157,16 +153,14 @@ class Tiles:
         return body(raw, *args)
 
 
-def default_tile(num_rows, dim, dtype):
-    """Codes in a tile: a power of two, 4096 for 2 views of 64 images, F 384 and bfloat16."""
-    floats = 2 if dtype in (torch.bfloat16, torch.int8) else dtype.itemsize  # of the codes, and of the weights
-    logits = 8 if dtype == torch.int8 else floats  # two int32
-    per_code = dim * floats + num_rows * (logits + floats + 4)
-    return 2 ** max(7, math.floor(math.log2(TILE_BYTES / per_code)))
+def default_tile(num_rows, dim, dtype, device):
+    """Codes in a tile: with 2 views of 64 images, F 384 and bfloat16 4096 on a CPU, 131072 on a GPU."""
+    numbers = dim + 2 * num_rows  # a code; its logits and weights, which are in float32 once
+    return codes_in_tile(numbers * dtype.itemsize + 4 * num_rows, device)
 
 
 def merge(parts):
-    """[(top, total, centers, best)] of parts of the codes -> the same of all of them."""
+    """[(top, total, centers, best)] of parts of the codes -> (top, total, centers, best) of all codes."""
     if len(parts) == 1:
         return parts[0]
     tops, totals, centers, bests = (torch.stack(x) for x in zip(*parts, strict=True))
@@ -183,13 +177,13 @@ def merge(parts):
 # likeliest code of a tile stays out of its product, which may round to bfloat16, and is added for itself.
 
 
-def softmax_tile(raw, shift, scale, rows, codes, top):
+def softmax_tile(raw, shift, rows, codes, top):
     """One tile of an online softmax: logits raw (R, T), codes (F, T), top (R, 1) so far.
 
     Returns exp(s - new top) in codes' dtype (R, T), 0 at the highest; its sum with the highest, the new top, the tile's
     highest logit (taken exactly), its place: (R, 1); and what its code adds to the centers (F, R).
     """
-    s = to_logits(raw, shift, scale, rows.dtype)
+    s = raw.to(rows.dtype) + shift
     where = argmax(s)
     code = codes[:, where.squeeze(1)].to(rows.dtype)
     highest = (rows * code.T).sum(dim=1, keepdim=True)
@@ -200,13 +194,13 @@ def softmax_tile(raw, shift, scale, rows, codes, top):
     return e, sum_e, new_top, highest, where, code * of_highest.T
 
 
-def gradient_tile(raw, shift, scale, codes, top, total, offset, slope, agreement):
+def gradient_tile(raw, shift, codes, top, total, offset, slope, agreement):
     """One tile of `Tiles.gradient`: logits raw of G views, or G and one more.
 
     Returns pbar (G, T); A (G B, T) in codes' dtype, 0 at the likeliest code; its sums with the likeliest (G, B); and
     what the likeliest code adds to the product (F, G B).
     """
-    s = to_logits(raw, shift, scale, top.dtype)
+    s = raw.to(top.dtype) + shift
     s = s.view(-1, top.shape[1], s.shape[1])  # (G, B, T), or G + 1
     p = exp(s[: len(top)] - top) / total
     mean = p.mean(dim=1)
@@ -226,13 +220,6 @@ def without(x, where):
     """x (R, T), 0 in each row's column where (R, 1)."""
     column = torch.arange(x.shape[1], device=x.device, dtype=torch.int32)  # int64 is compared at half the speed
     return torch.where(column == where.to(torch.int32), 0, x)
-
-
-def to_logits(raw, shift, scale, dtype):
-    if raw.dtype != torch.int32:
-        return raw.to(dtype) + shift
-    high, low = raw.to(dtype).chunk(2)  # below 2^24, exact
-    return (high * 256 + low) * scale
 
 
 def argmax(s):
@@ -293,15 +280,13 @@ class Products:
 
     Both passes use the same memory: giving it back and taking it anew leaves holes as large."""
 
-    scale = None  # of integer logits
-
     def __init__(self, codes, dtype, tile):
         self.dictionary, self.tile = codes, tile
         self.buffer = torch.empty(codes.shape[0], tile, dtype=dtype, device=codes.device)
         self.raw = self.buffer.new_empty(0)
 
     def take(self, rows):
-        """The rows of the products to come."""
+        """Set the rows that `logits` multiplies; returns self."""
         self.rows = rows.to(self.buffer.dtype)
         if len(self.raw) != len(rows):
             self.raw = self.buffer.new_empty(len(rows), self.tile)
@@ -312,14 +297,14 @@ class Products:
         return torch.zeros_like(top)
 
     def logits(self, start, shift):
-        """Those of the tile that begins at code `start`, less shift (R, 1): (R, T)."""
+        """The logits of the tile that begins at code `start`, less shift (R, 1): (R, T)."""
         codes = self.load(start)
         return torch.mm(self.rows, codes, out=self.raw[:, : codes.shape[1]])
 
     def load(self, start):
         """codes (F, T) <- the tile that begins at code `start`."""
-        self.int8 = self.dictionary.tile(start, min(start + self.tile, self.dictionary.shape[1]))
-        self.codes = self.buffer[: len(self.int8), : self.int8.shape[1]].copy_(self.int8)
+        codes = self.dictionary.tile(start, min(start + self.tile, self.dictionary.shape[1]))
+        self.codes = self.buffer[: len(codes), : codes.shape[1]].copy_(codes)
         return self.codes
 
     def add_product(self, total, weights):
@@ -351,30 +336,3 @@ class Bfloat16Products(Products):
         codes = self.load(start)
         self.rows[:, len(codes)] = -shift.squeeze(1)
         return torch.mm(self.rows, self.buffer[:, : codes.shape[1]], out=self.raw[:, : codes.shape[1]])
-
-
-class IntegerProducts(Products):
-    """Logits by int8 products, exact in int32: rows are 256 high + low, two int8 each, times a scale."""
-
-    def __init__(self, codes, dtype, tile):
-        super().__init__(codes, torch.bfloat16, tile)
-
-    def take(self, rows):
-        high, low, self.scale = split_rows(rows)
-        self.rows = torch.cat([high, low])
-        return self
-
-    def logits(self, start, shift):
-        self.load(start)
-        return torch._int_mm(self.rows, self.int8)  # high above low: (2R, T) int32
-
-
-def split_rows(rows):
-    """rows (.., F) -> high, low int8, scale (.., 1): rows = (256 high + low) scale, to 15 bits of a row's largest."""
-    scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / (127 * 256)
-    whole = (rows / scale).round()
-    low = (whole + 128) % 256 - 128
-    return ((whole - low) / 256).to(torch.int8), low.to(torch.int8), scale
-
-
-PRODUCTS = {torch.bfloat16: Bfloat16Products, torch.int8: IntegerProducts}

@@ -297,8 +297,7 @@ def _statistics_kernel(
     share = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS
     row_start = tl.minimum(i, num_rows - 1) * F  # rows beyond the last repeat it, unstored
-    if WHOLE:
-        h = _row_steps(rows, row_start, F, STEP, EVEN)
+    h = _row_steps(rows, row_start, F, STEP, EVEN, WHOLE)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     centers = _zeros(ROWS, COLUMNS, STEP)
@@ -306,12 +305,9 @@ def _statistics_kernel(
     last_tile = tl.minimum(first_tile + tiles_per_share, tl.cdiv(num_codes, CODES))
     for tile in tl.range(first_tile, last_tile, disable_licm=True):
         k = tile * CODES
-        s = tl.zeros((ROWS, CODES), tl.float32)
-        if WHOLE:
-            w = _code_steps(data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
-            s = _add_logits(s, h, w)
-        else:
-            s = _partial_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+        s, w = _logits(
+            rows, row_start, h, data, seed, first_word, k, num_codes, F, STORAGE, ROWS, STEP, CODES, EVEN, WHOLE
+        )
         if not EVEN:
             s = tl.where((k + tl.arange(0, CODES) < num_codes)[None, :], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -320,12 +316,9 @@ def _statistics_kernel(
         top = new_top
         total = total * shrink + tl.sum(e, 1)
         centers = _scaled(centers, shrink)
-        if WHOLE:
-            centers = _add_products(centers, e.to(dtype), w)
-        else:
-            centers = _partial_products(
-                centers, e.to(dtype), data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN
-            )
+        centers = _add_products(
+            centers, e.to(dtype), w, data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN, WHOLE
+        )
     out = share.to(tl.int64) * num_rows + i
     if tl.program_id(2) == 0:
         tl.store(top_out + out, top, mask=i < num_rows)
@@ -352,8 +345,7 @@ def _gradient_kernel(
     row = view * num_images + image
     row_start = row * F
     local_start = image * F
-    if WHOLE:
-        h = _row_steps(rows, row_start, F, STEP, EVEN)
+    h = _row_steps(rows, row_start, F, STEP, EVEN, WHOLE)
     row_lse = tl.load(lse + row)
     row_offset = tl.load(offset + row)
     product = _zeros(ROWS, COLUMNS, STEP)
@@ -362,12 +354,9 @@ def _gradient_kernel(
     last_tile = tl.minimum(first_tile + tiles_per_share, tl.cdiv(num_codes, CODES))
     for tile in tl.range(first_tile, last_tile, disable_licm=True):
         k = tile * CODES
-        s = tl.zeros((ROWS, CODES), tl.float32)
-        if WHOLE:
-            w = _code_steps(data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
-            s = _add_logits(s, h, w)
-        else:
-            s = _partial_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+        s, w = _logits(
+            rows, row_start, h, data, seed, first_word, k, num_codes, F, STORAGE, ROWS, STEP, CODES, EVEN, WHOLE
+        )
         predicted = s
         if HAS_LOCAL:
             predicted = _partial_logits(
@@ -382,12 +371,9 @@ def _gradient_kernel(
             weights = tl.where((k + tl.arange(0, CODES) < num_codes)[None, :], weights, 0.0)
         weights = weights.to(dtype)
         mass += tl.sum(weights.to(tl.float32), 1)
-        if WHOLE:
-            product = _add_products(product, weights, w)
-        else:
-            product = _partial_products(
-                product, weights, data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN
-            )
+        product = _add_products(
+            product, weights, w, data, seed, first_word, column, k, num_codes, F, STORAGE, STEP, CODES, EVEN, WHOLE
+        )
     out = share.to(tl.int64) * (2 * num_images) + row
     if tl.program_id(2) == 0:
         tl.store(mass_out + out, mass, mask=i < num_images)
@@ -415,10 +401,20 @@ def _means_kernel(
 
 
 @triton.jit
-def _add_logits(s, h, w):
-    for step in tl.static_range(len(w)):
-        s = tl.dot(h[step], w[step], s, input_precision="ieee")
-    return s
+def _logits(
+    rows, row_start, h, data, seed, first_word, k, num_codes, F: tl.constexpr, STORAGE: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """(logits (ROWS, CODES) of a tile of codes; its codes, one tensor per step of F, () where rows are not whole)."""
+    s = tl.zeros((ROWS, CODES), tl.float32)
+    w = ()
+    if WHOLE:
+        w = _code_steps(data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN, rows.dtype.element_ty)
+        for step in tl.static_range(len(w)):
+            s = tl.dot(h[step], w[step], s, input_precision="ieee")
+    else:
+        s = _partial_logits(s, rows, row_start, data, seed, first_word, k, num_codes, F, STORAGE, STEP, CODES, EVEN)
+    return s, w
 
 
 @triton.jit
@@ -471,26 +467,19 @@ def _scaled(steps, scale):
 
 
 @triton.jit
-def _add_products(steps, weights, w):
-    """steps[f] + weights (ROWS, CODES) . w[f]^T, for every step of the columns."""
-    added = ()
-    for step in tl.static_range(len(steps)):
-        added += (tl.dot(weights, tl.trans(w[step]), steps[step], input_precision="ieee"),)
-    return added
-
-
-@triton.jit
-def _partial_products(
-    steps, weights, data, seed, first_word, column, k, num_codes,
-    F: tl.constexpr, STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
+def _add_products(
+    steps, weights, w, data, seed, first_word, column, k, num_codes, F: tl.constexpr,
+    STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The same with codes that are decoded anew, from column on."""
-    dtype: tl.constexpr = weights.dtype
+    """steps[f] + weights (ROWS, CODES) . w[f]^T for every step of the columns; without w, codes are decoded anew."""
     added = ()
     for step in tl.static_range(len(steps)):
-        f = column + step * STEP
-        w = _code_step(data, seed, first_word, f, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
-        added += (tl.dot(weights, tl.trans(w), steps[step], input_precision="ieee"),)
+        if WHOLE:
+            codes = w[step]
+        else:
+            f = column + step * STEP
+            codes = _code_step(data, seed, first_word, f, k, num_codes, F, STORAGE, STEP, CODES, EVEN, weights.dtype)
+        added += (tl.dot(weights, tl.trans(codes), steps[step], input_precision="ieee"),)
     return added
 
 
@@ -502,10 +491,12 @@ def _store_steps(pointers, steps, mask, column, F: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
-def _row_steps(rows, row_start, F: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr):
+def _row_steps(rows, row_start, F: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    """The rows, one tensor per step of F, to be kept from tile to tile; () where they are read anew."""
     steps = ()
-    for step in tl.static_range(tl.cdiv(F, STEP)):
-        steps += (_row_step(rows, row_start, step * STEP, F, STEP, EVEN),)
+    if WHOLE:
+        for step in tl.static_range((F + STEP - 1) // STEP):
+            steps += (_row_step(rows, row_start, step * STEP, F, STEP, EVEN),)
     return steps
 
 
@@ -525,7 +516,7 @@ def _code_steps(
     STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     steps = ()
-    for step in tl.static_range(tl.cdiv(F, STEP)):
+    for step in tl.static_range((F + STEP - 1) // STEP):
         w = _code_step(data, seed, first_word, step * STEP, k, num_codes, F, STORAGE, STEP, CODES, EVEN, dtype)
         steps += (w,)
     return steps
@@ -537,8 +528,8 @@ def _code_step(
     STORAGE: tl.constexpr, STEP: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Codes k .. k + CODES, rows f .. f + STEP of the dictionary: (STEP, CODES) of -1 and +1 in dtype."""
-    f = tl.to_tensor(f)
-    k = tl.to_tensor(k)
+    f = tl.core.to_tensor(f)
+    k = tl.core.to_tensor(k)
     if STORAGE == "int8" and not EVEN:
         # a shift by 0 that the compiler does not see through: else each warp decodes the whole tile for itself on sm_80
         nothing = (tl.arange(0, CODES) // CODES)[None, :]

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dictionary import STORAGES, Dictionary, code_words, pack_codes, rademacher_codes, unpack_codes
 
@@ -107,6 +108,30 @@ def test_bits_are_the_same_however_they_are_kept(storage):
     packed = Dictionary(DIM, K, 3, storage).packed()
     assert torch.equal(packed, pack_codes(rademacher_codes(DIM, K, seed=3)))
     assert packed[:, -1].max() < 2 ** (K % 8)  # nothing after the last code
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_only_the_first_checkpoint_packs_the_codes(storage):
+    dictionary = Dictionary(DIM, K, 3, storage)
+    first = dictionary.packed()
+    with CountOperations() as operations:
+        assert dictionary.packed() is first
+    assert operations.count == 0
+    dictionary.fill(pack_codes(rademacher_codes(DIM, K, seed=4)))  # the codes of a file
+    expected = None if storage == "seed" else pack_codes(rademacher_codes(DIM, K, seed=4))
+    assert dictionary.packed() is expected or torch.equal(dictionary.packed(), expected)
+    dictionary.seed = 5
+    dictionary.fill()
+    expected = None if storage == "seed" else pack_codes(rademacher_codes(DIM, K, seed=5))
+    assert dictionary.packed() is expected or torch.equal(dictionary.packed(), expected)
 
 
 @pytest.mark.parametrize(("settings", "said"), [({"storage": "int4"}, "int4"), ({"shard": (0, 3)}, "multiple of 96")])

@@ -1,5 +1,6 @@
 """The loss by tiles of codes against its definition, in the dtype it runs in, and what it promises not to do."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cplearn_head import code_temperature, cplearn_loss, describe_loss, rademacher_codes
+from cplearn_head import code_temperature, cplearn_loss, describe_loss, nearest_code, rademacher_codes
+from dictionary import Dictionary
 from fused_loss import choose_loss, fused_cplearn_loss
 from fused_loss.tiles import default_tile
 from utils import UserError, all_reduce_mean
@@ -203,15 +205,16 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior, nu
 
 
 class Watch(TorchDispatchMode):
-    """Records the size in elements of the largest tensor that any operation makes, and counts matrix products."""
+    """Records the largest number of elements that any operation makes; counts matrix products, and all but views."""
 
     def __init__(self):
         super().__init__()
-        self.largest, self.products = 0, 0
+        self.largest, self.products, self.operations = 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.products += "mm" in function.__name__
+        self.operations += not function.is_view
         made = [t for t in tree_leaves(result) if torch.is_tensor(t) and t.dtype != torch.int8]  # codes are given
         self.largest = max([self.largest, *(t.numel() for t in made)])
         return result
@@ -243,6 +246,30 @@ def test_no_gradient_pass_unless_something_needs_it(reduce_mean):
     tiles = math.ceil(K / TILE)
     assert forward_only[0] == forward_only[1] <= 4 * tiles  # logits, centers; logits, pbar
     assert forward_only[2] >= forward_only[0] + tiles
+
+
+@pytest.mark.parametrize(
+    ("form", "batch_size", "num_codes", "most"),
+    [
+        ("dense", 64, 131_072, 100),
+        ("tiled", 64, 131_072, 300),
+        ("tiled", 512, 262_144, 1000),
+    ],
+)
+def test_a_step_on_a_gpu_takes_few_operations(form, batch_size, num_codes, most, monkeypatch):
+    """Each costs a launch of about 5 us. Tensors on torch's meta device have no contents, and no cache to fit in."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # it knows no such device
+    codes = Dictionary.of(torch.empty(384, num_codes, dtype=torch.int8, device="meta"))
+    views = [torch.empty(batch_size, 384, device="meta", requires_grad=True) for _ in range(2)]
+    loss_function = choose_loss(form, CUDA, batch_size * num_codes, bf16=True)
+    with Watch() as watch:
+        loss, terms = loss_function(views, codes, 0.1)
+        loss.backward()
+        if "assignment" not in terms:  # then the head searches for it, see CPLearn
+            nearest_code(views[0].detach(), codes)
+    assert watch.operations < most
+    if form == "tiled":
+        assert 4 * watch.largest <= 2**29
 
 
 @pytest.mark.parametrize("num_global", [1, 2, 3])
@@ -301,10 +328,13 @@ def test_a_form_that_cannot_run_is_refused(asked, said):
 
 
 def test_default_tile():
-    assert default_tile(2 * 64, 384, BFLOAT16) == 4096
-    assert default_tile(2 * 64, 384, torch.float32) == 2048
-    assert default_tile(2 * 256, 384, BFLOAT16) == 1024
-    assert default_tile(10**7, 384, BFLOAT16) == 128
+    assert default_tile(2 * 64, 384, BFLOAT16, CPU) == 4096
+    assert default_tile(2 * 64, 384, torch.float32, CPU) == 2048
+    assert default_tile(2 * 256, 384, BFLOAT16, CPU) == 1024
+    assert default_tile(10**7, 384, BFLOAT16, CPU) == 128
+    assert default_tile(2 * 64, 384, torch.float32, CUDA) == 131072
+    assert default_tile(2 * 512, 384, BFLOAT16, CUDA) == 32768
+    assert default_tile(10**7, 384, BFLOAT16, CUDA) == 128
 
 
 @pytest.mark.parametrize("bad", ["prior", "shape", "one view", "half", "mixed", "bf16 of float64", "tile"])

@@ -8,10 +8,10 @@ import torch
 from cplearn_head import prior_loss
 from dictionary import STORAGES, Dictionary
 from fused_loss import tiles
-from fused_loss.tiles import Slope, Tiles, merge, split_rows
+from fused_loss.tiles import Slope, Tiles, merge
 
 DIM, K, TILE, VIEWS, BATCH = 48, 1000, 128, 2, 6
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.int8: 2e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def rows_of(dtype, num_views=VIEWS, scale=1.5):
@@ -72,7 +72,7 @@ def test_bfloat16_rounds_the_distance_to_the_highest_logit():
     assert_same(by_tiles(engine, *arguments), exact(rows, codes, *arguments[1:]), 1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_compiled_tiles_in_threads(dtype, storage, monkeypatch):
     """A dictionary large enough; 2 threads with 3 and 4 tiles each, the last one short."""
@@ -120,15 +120,6 @@ def test_statistics_of_parts_are_merged():
     parts = [engine._statistics_of_share(range(i, K, 300), rows) for i in (0, 100, 200)]
     for got, want in zip(merge(parts), whole, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-def test_rows_in_two_bytes():
-    rows = torch.randn(50, DIM) * torch.logspace(-3, 3, 50)[:, None]
-    high, low, scale = split_rows(rows)
-    assert high.dtype == low.dtype == torch.int8
-    back = (high.double() * 256 + low.double()) * scale
-    assert ((back - rows).abs().amax(dim=1) <= 0.51 * scale[:, 0]).all()
-    assert (scale[:, 0] <= rows.abs().amax(dim=1) / 32512 * 1.001).all()
 
 
 def test_slopes_are_those_of_the_priors():
