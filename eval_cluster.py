@@ -29,7 +29,6 @@ from evaluation import gallery
 from evaluation.clustering import MAX_LINKED, clustering_scores, kmeans, mean_features, merge, usage
 from utils import UserError
 
-MAX_GALLERY_CODES = 100
 EXPORTS = (".csv", ".parquet")
 
 USAGE_COLUMNS = {
@@ -55,23 +54,29 @@ def get_args_parser():
     add = parser.add_argument
     add("--split", default="val", choices=("val", "train"), help="images to cluster")
     add(
-        "--kmeans", type=int, nargs="+", default=None, metavar="K",
+        "--kmeans", type=utils.not_negative(int), nargs="+", default=None, metavar="K",
         help="k-means on the features with these numbers of clusters; 0: none (default: the number of classes)",
     )  # fmt: skip
-    add("--kmeans_restarts", type=int, default=5, help="of k-means, from other centres; the tightest clusters are kept")
+    add(
+        "--kmeans_restarts", type=utils.positive(int), default=5,
+        help="of k-means, from other centres; the tightest clusters are kept",
+    )  # fmt: skip
     add(
         "--spherical", action=argparse.BooleanOptionalAction, default=False,
         help="k-means by cosine: features and centres of length 1",
     )  # fmt: skip
     add(
-        "--match_k", type=int, nargs="+", default=[], metavar="K",
+        "--match_k", type=utils.positive(int), nargs="+", default=[], metavar="K",
         help="also merge a model's codes to K clusters (Ward's linkage), to compare with k-means at K (default: none)",
     )  # fmt: skip
     add(
         "--match_on", default="features", choices=("features", "codes"),
         help="merge codes by the mean feature of their images, or by their vectors in the dictionary",
     )  # fmt: skip
-    add("--num_permutations", type=int, default=10, help="of the labels, for the chance level of NMI; 2 or more")
+    add(
+        "--num_permutations", type=utils.Number(int, least=2), default=10,
+        help="of the labels, for the chance level of NMI",
+    )  # fmt: skip
     add(
         "--export", default=None, metavar="FILE",
         help="write name, label, class and clusters of each image, as .csv or .parquet",
@@ -80,7 +85,10 @@ def get_args_parser():
         "--gallery", action=argparse.BooleanOptionalAction, default=False,
         help="draw images of some clusters, gallery_*.png and a page gallery_*.html in --output_dir",
     )  # fmt: skip
-    add("--gallery_codes", type=int, default=12, help="clusters in the gallery: half the fullest, half at random")
+    add(
+        "--gallery_codes", type=utils.Number(int, least=1, most=100), default=12,
+        help="clusters in the gallery: half the fullest, half at random",
+    )  # fmt: skip
     return parser
 
 
@@ -109,13 +117,6 @@ def main(argv=None):
 
 
 def check_flags(args):
-    at_least = {"kmeans": 0, "kmeans_restarts": 1, "match_k": 1, "num_permutations": 2, "gallery_codes": 1}
-    for name, least in at_least.items():
-        for value in np.atleast_1d(getattr(args, name) if getattr(args, name) is not None else []):
-            if value < least:
-                raise UserError(f"--{name} {int(value)}: expected {least} or more")
-    if args.gallery_codes > MAX_GALLERY_CODES:
-        raise UserError(f"--gallery_codes {args.gallery_codes}: expected at most {MAX_GALLERY_CODES}")
     if args.gallery and args.output_dir is None:
         raise UserError("--gallery needs --output_dir, the folder to draw in")
     if args.export and Path(args.export).suffix not in EXPORTS:

@@ -36,10 +36,10 @@ import data
 import evaluation
 import utils
 from augmentation import make_crop_recipe
+from evaluation import RANKED
 from evaluation.linear_probe import (
     EPOCHS,
     LRS,
-    RANKED,
     WEIGHT_DECAYS,
     confusion_matrix,
     fit_adam,
@@ -87,7 +87,7 @@ def get_args_parser():
         "--batch_size_per_gpu images per step and process",
     )
     add(
-        "--n_last_blocks", type=int, default=None,
+        "--n_last_blocks", type=utils.positive(int), default=None,
         help="features: CLS tokens of the last n blocks of a ViT (default: 1; 4 with dino, as DINO has it for ViT-S)",
     )  # fmt: skip
     add(
@@ -95,28 +95,34 @@ def get_args_parser():
         help="and the mean of the last block's patch tokens; DINO's ViT-B: this and --n_last_blocks 1",
     )  # fmt: skip
     add(
-        "--lrs", type=float, nargs="+", default=None,
+        "--lrs", type=utils.positive(float), nargs="+", default=None,
         help=f"fast: learning rates of the grid, per 256 images of a step (default: {listed(LRS)})",
     )  # fmt: skip
     add(
-        "--weight_decays", type=float, nargs="+", default=None,
+        "--weight_decays", type=utils.not_negative(float), nargs="+", default=None,
         help=f"fast: weight decays of the grid (default: {listed(WEIGHT_DECAYS)})",
     )  # fmt: skip
     add(
-        "--epochs", type=int, default=None,
+        "--epochs", type=utils.positive(int), default=None,
         help=f"passes over the training images (default: fast {EPOCHS}; adam and dino 100)",
     )  # fmt: skip
     add(
-        "--lr", type=float, default=None,
+        "--lr", type=utils.positive(float), default=None,
         help="learning rate (default: adam 1e-2; dino 1e-3 per 256 images of a step, falling to 0 by a cosine)",
     )  # fmt: skip
-    add("--val_freq", type=int, default=None, help="dino: epochs from one test to the next (default: 1)")
+    add(
+        "--val_freq", type=utils.positive(int), default=None,
+        help="dino: epochs from one test to the next (default: 1)",
+    )  # fmt: skip
     add(
         "--max_bad_images", type=utils.Number(float, least=0, most=1), default=None,
         help="dino: ends when more than this fraction of the training images cannot be read (default: 0.01); until "
         "then others take their places",
     )  # fmt: skip
-    add("--num_labels", type=int, default=None, help="dino: classes of the head (default: those of the images)")
+    add(
+        "--num_labels", type=utils.positive(int), default=None,
+        help="dino: classes of the head (default: the classes of the images)",
+    )  # fmt: skip
     add("--evaluate", action="store_true", help="dino: only test a head, --linear_weights or the --output_dir's")
     add(
         "--linear_weights", default=None, metavar="FILE",
@@ -156,12 +162,9 @@ def resolve_protocol(args):
     for name in dict.fromkeys(name for flags in PROTOCOLS.values() for name in flags):
         if name in own and getattr(args, name) is None:
             setattr(args, name, own[name])
-        elif name not in own and getattr(args, name) not in (None, False):
+        elif name not in own and getattr(args, name) is not None and getattr(args, name) is not False:
             others = " or ".join(protocol for protocol, flags in PROTOCOLS.items() if name in flags)
             raise UserError(f"--{name} means nothing to --protocol {args.protocol}: it belongs to --protocol {others}")
-    for name in ("epochs", "lr", "val_freq", "batch_size"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a positive number")
     args.evaluate = args.evaluate or args.linear_weights is not None
     if args.evaluate and args.linear_weights is None and args.output_dir is None:
         raise UserError(

@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from checkpoint import (
 )
 from cplearn_head import CPLearn, CPLearnHead, add_method_arguments
 from evaluation import extract_features
-from evaluation.knn import knn_accuracy
+from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
@@ -389,9 +390,11 @@ def knn(run):
         batches = data.eval_batches(images, batch_size=run.batch_size, rank=rank(), world_size=world_size(), **settings)
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
-    top1 = knn_accuracy(*matrices)[20, 0.07]["top1"]
-    run.log.print(f"k-NN (k = 20) on {len(run.val_images)} images: {top1:.2f} %")
-    return {"knn_top1": top1}
+    k = min(20, len(run.loader.images))
+    search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch
+    (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
+    run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %")
+    return {"knn_top1": accuracy["top1"]}
 
 
 def describe(run, step):

@@ -78,7 +78,7 @@ def evaluate(checkpoint, data_flags):
         batches = data.eval_batches(images, args.img_size, args.in_chans, args.mean, args.std, 256)
         features, codes = extract_features(model, batches, len(images), torch.device("cpu"), "bf16")
         matrices += [features, torch.as_tensor(images.labels)]
-    top1 = knn_accuracy(*matrices, ks=(20,))[20]["top1"]
+    top1 = knn_accuracy(*matrices, ks=(20,))[20, 0.07]["top1"]
     ami = adjusted_mutual_info_score(matrices[3].numpy(), codes.numpy())
     return {"knn_top1": top1, "ami": float(ami), "codes_used": len(codes.unique())}
 

@@ -13,6 +13,7 @@ Shapes: N images, D features.
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -43,6 +44,7 @@ from utils import PRECISIONS, UserError
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
+RANKED = 5  # classes that a prediction names, for top-5
 MAX_STATS = 200_000  # files whose size and times are looked at: 2 s on a disk, a minute over a slow network
 
 # flags of DINO's evaluations that have no meaning here, and what to do instead
@@ -78,7 +80,7 @@ def evaluation_parser(prog, description):
         "and says so",
     )
     add("--output_dir", default=None, help="folder for tables and figures (default: the table is only printed)")
-    add("--seed", type=utils.Number(int, least=0, below=2**63), default=0, help="of everything that is drawn at random")
+    add("--seed", type=utils.Number(int, least=0, below=2**31), default=0, help="of everything that is drawn at random")
     return parser
 
 
@@ -331,6 +333,9 @@ def note(text):
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
+note_once = functools.cache(note)  # the same words only once
+
+
 # ---- one table of results --------------------------------------------------------------------------------------------
 
 
@@ -355,6 +360,18 @@ def report(name, rows, columns, args, models, notes=(), **more):
         (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
+def count_hits(ranked, labels):
+    """int64 (2,): of M images, those whose class is the first and those whose class is among the first five of
+    ranked (M, 5), the likeliest classes of each.  labels: (M,)."""
+    hits = ranked == labels[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum()])
+
+
+def top1_and_top5(hits, num_images):
+    """What `count_hits` counted, in percent of the images."""
+    return {name: 100 * count / num_images for name, count in zip(("top1", "top5"), hits.tolist(), strict=True)}
+
+
 def markdown_table(rows, columns):
     """Aligned, so that a terminal shows it as well."""
     cells = [[title for title, _ in columns.values()]]
@@ -372,12 +389,24 @@ def markdown_table(rows, columns):
 
 
 def versions():
-    """Of Python and of the packages whose code a score depends on."""
+    """Of Python and of the packages whose code a score depends on; of faiss where it has been used."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "faiss-gpu", "faiss-cpu"):
+    for package in ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-    return found
+    faiss = sys.modules.get("faiss")
+    return found | ({"faiss": faiss.__version__} if faiss else {})
+
+
+def find_faiss(instead):
+    """faiss, or None where it is not installed or does not load, and then a line. instead: what does its work, in
+    words."""
+    try:
+        import faiss  # here: most evaluations need not wait for it
+    except ImportError as error:
+        note_once(f"without faiss ({error}) {instead}")
+        return None
+    return faiss
 
 
 def pyplot():

@@ -3,7 +3,12 @@
 Shapes: N images, D features, C classes, M codes in use, k clusters.
 """
 
+import warnings
+
 import numpy as np
+
+import evaluation
+from utils import UserError
 
 MAX_LINKED = 10_000  # vectors that Ward's linkage takes: 8 bytes for each pair, twice, 0.8 GB
 
@@ -36,11 +41,16 @@ def merge(vectors, sizes, ks, seed=0):
 
 
 def kmeans(features, k, restarts=1, spherical=False, seed=0, weights=None, iterations=50):
-    """k-means by faiss, on all its GPUs if it sees any: features (N, D) -> cluster of each (N,), in 0 ... k - 1.
+    """k-means of features (N, D) -> cluster of each (N,), in 0 ... k - 1. By faiss, on all its GPUs if it sees any;
+    where faiss is not installed by scikit-learn, which a line says, and spherical raises UserError.
 
+    spherical: by cosine, features and centres of length 1.  weights: (N,) of the rows.
     The centres of the restart with the least summed squared distance (largest cosine, if spherical) are kept."""
-    import faiss
-
+    faiss = evaluation.find_faiss("k-means is scikit-learn's")
+    if faiss is None:
+        if spherical:
+            raise UserError("--spherical needs faiss, which is not installed or does not load; see requirements.txt")
+        return kmeans_of_scikit_learn(features, k, restarts, seed, weights, iterations)
     x = np.ascontiguousarray(features, np.float32)
     if spherical:
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -50,6 +60,18 @@ def kmeans(features, k, restarts=1, spherical=False, seed=0, weights=None, itera
     )  # fmt: skip
     model.train(x, weights=None if weights is None else weights.astype(np.float32))
     return model.index.search(x, 1)[1].ravel()
+
+
+def kmeans_of_scikit_learn(features, k, restarts, seed, weights=None, iterations=50):
+    """k-means of features (N, D) on CPUs -> cluster of each (N,) int64. It begins with k-means++,
+    where faiss begins with k rows at random: slower, and better where clusters are few."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
+        found = KMeans(k, n_init=restarts, max_iter=iterations, random_state=seed)
+        return found.fit(np.asarray(features, np.float32), sample_weight=weights).labels_.astype(np.int64)
 
 
 def clustering_scores(labels, codes, num_permutations=10, seed=0):

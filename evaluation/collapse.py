@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cplearn_head import loss_lower_bound, prior_floor, prior_loss
 from dictionary import nearest_code
+from evaluation.clustering import kmeans_of_scikit_learn
 from monitor import diagnose
 
 POWER_LAW_RANKS = (12, 100)  # first and last rank of the fit, as in alpha-ReQ's code
@@ -115,7 +116,7 @@ def mixture_entropy(x, num_components, seed=0):
     x = x - x.mean(dim=0)
     scale = float(x.square().mean().sqrt())
     x = x / scale
-    clusters = kmeans(x, num_components, seed)
+    clusters = torch.from_numpy(kmeans_of_scikit_learn(x, num_components, restarts=1, seed=seed, iterations=20))
     mixture = GaussianMixture(
         num_components, covariance_type="diag", tol=1e-2, reg_covar=LEAST_VARIANCE, random_state=seed,
         **moments(x, clusters, num_components),
@@ -131,17 +132,6 @@ def mixture_entropy(x, num_components, seed=0):
         "entropy_per_dimension": entropy / dim,
     }
     return numbers, clusters
-
-
-def kmeans(x, num_clusters, seed):
-    """Cluster of each row of x (N, D): (N,) int64. scikit-learn's k-means++, float32."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
-        found = KMeans(num_clusters, n_init=1, max_iter=20, random_state=seed).fit(x.float().numpy())
-    return torch.from_numpy(found.labels_).long()
 
 
 def moments(x, clusters, count):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import epoch_order
+from evaluation import RANKED, count_hits, top1_and_top5
 from utils import UserError, cosine_schedule
 
 ROWS = 8192  # images at a time where nothing is trained
@@ -29,9 +30,8 @@ EPOCHS = 30
 GRID_BATCH = 1024  # images of a step, but no more than a fiftieth of all: small sets need steps as well
 HELD_OUT = 0.1  # of the training images of each class, to choose by
 RIDGE = 1e-5
-MAX_WIDTH = 8192  # D whose correlations (8 D^2 bytes) and their eigenvectors are still computed
+MAX_WHITENED = 8192  # D whose correlations (8 D^2 bytes) and their eigenvectors are still computed
 ADAM_BATCH = 256  # images
-RANKED = 5  # classes that a prediction names, for top-5
 
 
 @dataclasses.dataclass
@@ -57,10 +57,13 @@ def fit_selected(
     features: (N, D) float32.  labels: (N,) integers from 0 to C - 1.  seed: of what is held out, and of the order.
     Returns a `Fit`; settings: lr, weight_decay, held_out_top1 (percent), and the grid with an entry for each pair. It
     warns where the choice is at the edge of the grid.
-    Raises UserError for rates or decays that make no sense and where no class has two images.
+    Raises UserError for features wider than `MAX_WHITENED` and where no class has two images.
     """
     labels = torch.as_tensor(labels)
-    check_grid(features, lrs, weight_decays)
+    if features.shape[1] > MAX_WHITENED:
+        raise UserError(
+            f"{features.shape[1]} features, --protocol fast takes {MAX_WHITENED} at most: use --protocol adam"
+        )
     held_out = hold_out(labels, seed)
     pairs = list(itertools.product(sorted(set(lrs)), sorted(set(weight_decays), reverse=True)))
     training = {"features": features, "labels": labels, "num_classes": num_classes, "epochs": epochs, "seed": seed}
@@ -164,15 +167,6 @@ def whitening(features, device):
     return mean, directions / scale[:, None] / (variances.clamp(min=0) + RIDGE).sqrt()
 
 
-def check_grid(features, lrs, weight_decays):
-    if features.shape[1] > MAX_WIDTH:
-        raise UserError(f"{features.shape[1]} features, --protocol fast takes {MAX_WIDTH} at most: use --protocol adam")
-    for flag, values, least in (("--lrs", lrs, "positive numbers"), ("--weight_decays", weight_decays, "0 or more")):
-        wrong = [value for value in values if not 0 <= value < math.inf or (value == 0 and flag == "--lrs")]
-        if wrong:
-            raise UserError(f"{flag} {wrong[0]:g}: expected {least}")
-
-
 # ---- Adam ------------------------------------------------------------------------------------------------------------
 
 
@@ -220,12 +214,10 @@ def scores(ranked, labels, num_classes):
 
     ranked: (M, 5), as `predict` returns.  labels: (M,)."""
     labels = torch.as_tensor(labels)
-    hits = ranked == labels[:, None]
     counts = torch.bincount(labels, minlength=num_classes)
-    right = torch.bincount(labels[hits[:, 0]], minlength=num_classes)
+    right = torch.bincount(labels[ranked[:, 0] == labels], minlength=num_classes)
     return {
-        "top1": 100 * hits[:, 0].double().mean().item(),
-        "top5": 100 * hits.any(dim=1).double().mean().item(),
+        **top1_and_top5(count_hits(ranked, labels), len(labels)),
         "per_class": [100 * r / n if n else None for r, n in zip(right.tolist(), counts.tolist(), strict=True)],
     }
 

@@ -13,6 +13,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, prior_floor, rademacher_codes
 from dictionary import Dictionary, hadamard_matrix
 from evaluation import collapse
+from evaluation.clustering import kmeans_of_scikit_learn
 from monitor import feature_statistics, rankme
 
 
@@ -264,7 +265,7 @@ def test_fewer_images_than_codes_leave_a_floor():
 def judged(x, codes=None, num_codes=512, **more):
     """What eval_collapse.py does: the least tightness of k-means groups and of codes."""
     eigenvalues = collapse.covariance_eigenvalues(x)
-    groupings = [collapse.kmeans(x, k, seed=0) for k in (10, 20, 50, 100)]
+    groupings = [torch.from_numpy(kmeans_of_scikit_learn(x, k, restarts=1, seed=0)) for k in (10, 20, 50, 100)]
     usage = None
     if codes is not None:
         groupings.append(codes)

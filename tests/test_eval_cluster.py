@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics.cluster import contingency_matrix
 
 import eval_cluster
+import evaluation
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
 from evaluation import clustering
@@ -212,6 +214,21 @@ def test_kmeans_ends_where_each_image_is_nearest_to_the_mean_of_its_cluster():
     clusters = kmeans(x, 5)
     means = np.stack([x[clusters == k].mean(axis=0) for k in range(5)])
     np.testing.assert_array_equal(clusters, ((x[:, None] - means) ** 2).sum(axis=2).argmin(axis=1))
+
+
+def test_kmeans_without_faiss_is_as_good_and_a_line_says_so(monkeypatch, capsys):
+    x, labels = blobs()
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    evaluation.note_once.cache_clear()
+    clusters = kmeans(x, 5, restarts=3)
+    assert clusters.dtype == np.int64 and sklearn.metrics.adjusted_rand_score(labels, clusters) == 1
+    x, weights = np.array([[0.0], [1.0], [10.0], [12.0]]), np.array([1, 1, 1000, 1000])
+    assert sorted(np.bincount(kmeans(x, 2, restarts=9))) == [2, 2]
+    assert sorted(np.bincount(kmeans(x, 2, restarts=9, weights=weights))) == [1, 3]  # the heavy two lie apart
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: without faiss (") and line.endswith(") k-means is scikit-learn's")
+    with pytest.raises(UserError, match="--spherical needs faiss"):
+        kmeans(x, 5, spherical=True)
 
 
 def test_spherical_kmeans_sees_directions_only():
@@ -424,11 +441,11 @@ def test_processes_change_nothing(folder, tmp_path, run_in_processes):
     ("flags", "message"),
     [
         (["--kmeans", "25"], "--kmeans 25: there are 24 images"),
-        (["--kmeans", "-1"], "--kmeans -1: expected 0 or more"),
-        (["--kmeans_restarts", "0"], "--kmeans_restarts 0: expected 1 or more"),
+        (["--kmeans", "-1"], "--kmeans -1: expected a whole number of at least 0"),
+        (["--kmeans_restarts", "0"], "--kmeans_restarts 0: expected a whole number of at least 1"),
         (["--match_k", "0"], "--match_k 0"),
-        (["--num_permutations", "1"], "--num_permutations 1: expected 2 or more"),
-        (["--gallery_codes", "101"], "--gallery_codes 101: expected at most 100"),
+        (["--num_permutations", "1"], "--num_permutations 1: expected a whole number of at least 2"),
+        (["--gallery_codes", "101"], "--gallery_codes 101: expected a whole number of at least 1 and of at most 100"),
         (["--gallery"], "--gallery needs --output_dir"),
         (["--export", "codes.txt"], "--export codes.txt: expected a name that ends in .csv or .parquet"),
         (["--export", "{folder}/a.pth/x.csv"], "--export {folder}/a.pth"),

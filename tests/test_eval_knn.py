@@ -1,6 +1,7 @@
 """k-NN against a transcription of its formula in float64, scikit-learn, and numbers worked out by hand."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import eval_knn
+import evaluation
 from backbones import build_backbone
 from evaluation import knn
 from evaluation.knn import knn_accuracy, knn_classify
@@ -62,6 +64,65 @@ def test_scikit_learn_agrees():
         np.testing.assert_array_equal(knn_classify(train, labels, test, (k,))[k, 0.07][:, 0], expected)
 
 
+@pytest.mark.parametrize("block", [40, 4096, 2**26])
+def test_search_by_torch_finds_what_faiss_and_numpy_find(block, monkeypatch):
+    """In one block of training images or in many, also of fewer rows than neighbours."""
+    monkeypatch.setattr(knn, "PRODUCTS", block)
+    monkeypatch.setattr(knn, "TEST_ROWS", 16)
+    train, test = clusters(300, seed=6)[0], torch.nn.functional.normalize(clusters(41, seed=7)[0], dim=1)
+    found, theirs = (search(train)(test, 17) for search in (knn.search_by_torch, knn.search_by_faiss))
+    cosine = test.double().numpy() @ (train / train.norm(dim=1, keepdim=True)).double().numpy().T
+    np.testing.assert_array_equal(found[1], np.argsort(-cosine, axis=1)[:, :17])
+    assert torch.equal(found[1], theirs[1])
+    torch.testing.assert_close(found[0], theirs[0], rtol=0, atol=1e-6)
+
+
+def test_search_by_torch_stays_within_the_stated_memory(monkeypatch):
+    monkeypatch.setattr(knn, "PRODUCTS", 2**14)
+    sizes = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, *a, **kw: sizes.append(x.numel()) or topk(x, *a, **kw))
+    knn.search_by_torch(torch.randn(3000, 4))(torch.randn(2500, 4), 5)
+    assert max(sizes) == 2**14 and len(sizes) > 3000 * 2500 / 2**14
+
+
+def test_without_faiss_the_scores_are_the_same_and_one_line_says_so(monkeypatch, capsys):
+    (train, labels), (test, test_labels) = clusters(400, seed=8), clusters(90, seed=9)
+    expected = knn_accuracy(train, labels, test, test_labels, ks=(1, 20))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    evaluation.note_once.cache_clear()
+    for _ in range(2):
+        assert knn_accuracy(train, labels, test, test_labels, ks=(1, 20)) == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: without faiss (")
+    assert line.endswith(") neighbours are searched by torch, exactly, on cpu")
+    assert "faiss" not in evaluation.versions()
+
+
+def knn_in_two(rank):
+    rows, search = [], knn.search_by_torch
+
+    def counting(train):
+        nearest = search(train)
+        return lambda test, k: rows.append(len(test)) or nearest(test, k)
+
+    sys.modules["faiss"] = None  # must not be asked for
+    (train, labels), (test, test_labels) = clusters(300, seed=0), clusters(81, seed=1)
+    given = {"ks": (1, 20), "search": counting, "over_processes": True}
+    one = knn_accuracy(train, labels, test[:1], test_labels[:1], **given)  # fewer images than processes
+    return sum(rows), knn_accuracy(train, labels, test, test_labels, **given), sum(rows), one
+
+
+def test_two_processes_search_each_row_once_and_have_the_accuracy_of_all(run_in_processes):
+    (train, labels), (test, test_labels) = clusters(300, seed=0), clusters(81, seed=1)
+    both = run_in_processes(knn_in_two)
+    assert sum(before for before, *_ in both) == 1 and sum(after for *_, after, _ in both) == 1 + 81
+    for _, accuracy, _, one in both:
+        assert accuracy == knn_accuracy(train, labels, test, test_labels, ks=(1, 20))
+        assert one == knn_accuracy(train, labels, test[:1], test_labels[:1], ks=(1, 20))
+
+
 def test_a_case_by_hand():
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])  # cosines with (2, 0): 1, 0.6, 0.6
     labels, test = torch.tensor([4, 2, 2]), torch.tensor([[2.0, 0.0]])
@@ -112,7 +173,6 @@ def test_a_chunk_stays_within_the_stated_memory(monkeypatch):
     [
         ({"ks": (11,)}, "--nb_knn 11: expected from 1 to 10, the number of training images"),
         ({"ks": (5, 0)}, "--nb_knn 0"),
-        ({"temperatures": (0.1, 0.0)}, "--temperature 0.0"),
         ({"train_labels": torch.tensor([0] * 9 + [-1])}, "1 of 10 training images have no label"),
     ],
 )
@@ -159,6 +219,15 @@ def test_command_writes_its_scores(run, capsys):
     assert (folder / "out" / "knn" / "results_knn.md").read_text().startswith(table)
 
 
+def test_of_the_usual_numbers_of_neighbours_those_that_there_are_images_for(run, tmp_path, capsys):
+    eval_knn.main([*run[1], "--num_workers", "0", "--output_dir", str(tmp_path)])
+    assert [row["k"] for row in json.loads((tmp_path / "results_knn.json").read_text())["rows"]] == [10, 20]
+    assert capsys.readouterr().err == "note: --nb_knn 10 20: there are 30 training images\n"
+    assert eval_knn.choose_ks(None, 3) == [3]
+    assert eval_knn.choose_ks(None, 200) == [10, 20, 100, 200]
+    assert capsys.readouterr().err == "note: --nb_knn 3: there are 3 training images\n"
+
+
 def test_dino_s_spelling_and_batch_size_change_nothing(run, capsys):
     _, flags = run
     outputs = []
@@ -172,6 +241,8 @@ def test_dino_s_spelling_and_batch_size_change_nothing(run, capsys):
     ("flags", "message"),
     [
         (["--nb_knn", "31"], "--nb_knn 31: expected from 1 to 30"),
+        (["--nb_knn", "5", "0"], "--nb_knn 0: expected a whole number of at least 1"),
+        (["--temperature", "0.0"], "--temperature 0.0: expected a number above 0"),
         (["--checkpoint_key", "techer"], "no state dict under --checkpoint_key techer; the file has: student, teacher"),
         (["--data_path", "{folder}/flat"], "its train images have no labels"),
         (["--data_path", "{folder}/odd"], "different class folders"),
