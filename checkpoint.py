@@ -51,7 +51,7 @@ def save(run, step, stopping=False):
     on, the next one may succeed; unless it is `stopping`, then it raises RunFailed."""
     run.recorder.read(run.may_overflow)  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
-    run.model.objective.before_save()
+    run.model.objective.share_statistics()
     if rank() != 0:
         return False
     try:
@@ -129,12 +129,10 @@ def split_state(state):
 def keep_copy(run, step):
     """checkpoint0020.pth and so on by --saveckp_freq: a hard link where the file system has them, for a later
     checkpoint.pth is a new file."""
-    path, epoch = checkpoint_path(run.args), math.ceil(step / run.loader.steps_per_epoch)
-    ended = step == run.total_steps or step % run.loader.steps_per_epoch == 0
-    due = run.args.saveckp_freq and (epoch % run.args.saveckp_freq == 0 or step == run.total_steps)
-    if rank() != 0 or step == 0 or not ended or not due:
+    if rank() != 0 or not copy_is_due(run, step):
         return
-    name = f"checkpoint{epoch:04d}.pth"
+    path = checkpoint_path(run.args)
+    name = f"checkpoint{math.ceil(step / run.loader.steps_per_epoch):04d}.pth"
     aside = path.with_name(f".{name}.tmp")
     with run.log.going_on(name):
         aside.unlink(missing_ok=True)
@@ -143,6 +141,13 @@ def keep_copy(run, step):
         except OSError:
             shutil.copyfile(path, aside)
         os.replace(aside, path.with_name(name))
+
+
+def copy_is_due(run, step):
+    """Whether at `step` an epoch has ended that --saveckp_freq names, or the run."""
+    epochs, rest = divmod(step, run.loader.steps_per_epoch)
+    ended = step == run.total_steps or (rest == 0 and epochs % max(1, run.args.saveckp_freq) == 0)
+    return bool(run.args.saveckp_freq) and step > 0 and ended
 
 
 def find_earlier(args):
@@ -229,8 +234,10 @@ def check_moments(optimizer):
                 raise ValueError(f"the optimizer's {name} is not of its parameter's shape {tuple(parameter.shape)}")
 
 
-# flags that another machine or another mood may change without changing the result
+# flags that another machine or another mood may change without changing the result; the fingerprint knows of images,
+# whatever --data_path and --class_list are called, and --head_impl auto may choose otherwise on other processes
 FREE_FLAGS = {
+    "class_list", "head_impl",
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
     "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
     "grad_checkpointing", "batch_size_per_gpu", "codes_storage",

@@ -8,7 +8,6 @@ Sansone, Lebailly, Tuytelaars, "Collapse-Proof Non-Contrastive Self-Supervised L
 
 import argparse
 import math
-from functools import partial
 
 import torch
 from torch import nn
@@ -25,11 +24,26 @@ from dictionary import (  # noqa: F401 (some are imported from here)
 )
 from monitor import within_code_variance
 from objective import Objective
-from utils import SyncBatchNorm, UserError, all_gather_rows, all_reduce_mean, rank, world_size
+from utils import (
+    Number,
+    SyncBatchNorm,
+    UserError,
+    all_gather_rows,
+    all_reduce_mean,
+    not_negative,
+    positive,
+    rank,
+    world_size,
+)
 
 ACTIVATIONS = ("l2", "tanh")
+PRIORS = ("kl", "ce")
 DICTIONARIES = {"rademacher": Dictionary, "hadamard": HadamardDictionary}
 HEAD_IMPLS = ("auto", "dense", "tiled", "triton")
+EPS = (
+    1e-8  # least probability of Lemma 1, as in the paper's footnote 2 and the authors' code (its Algorithm 1 has 1e-6)
+)
+WINDOW = (2**14, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
 
 
 def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_mean=None):
@@ -47,7 +61,8 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
     views: list of V tensors (B, F), float32 or float64, global crops first.
     codes: (F, K) of -1 and +1, any dtype, or a Dictionary of all codes.
     reduce_mean: maps this process's mean (K,) to the mean over all processes, differentiably; None: this process alone.
-    Returns (loss, {"invariance", "prior"}): scalars in nats, the terms unweighted.
+    Returns (loss, {"invariance", "prior", "entropy"}): scalars in nats, the terms unweighted; entropy is the mean of
+        H(p_a) over images and a < G, without gradient: invariance - entropy is how much the views disagree.
     Raises ValueError for shapes that do not fit, fewer than two views, or an unknown prior.
     Source: Eq. 2 and Appendix N of arXiv 2410.04959, made symmetric over views as the authors' code is.
     """
@@ -61,7 +76,33 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
     if reduce_mean is not None:
         means = [reduce_mean(mean) for mean in means]
     prior_term = sum(prior_loss(mean, prior) for mean in means) / len(means)
-    return beta * invariance + prior_term, {"invariance": invariance, "prior": prior_term}
+    with torch.no_grad():
+        entropy = sum(-(p * log_p).sum(dim=1).mean() for p, log_p in zip(probs, log_probs, strict=False)) / len(probs)
+    return beta * invariance + prior_term, {"invariance": invariance, "prior": prior_term, "entropy": entropy}
+
+
+def prior_loss(mean_probs, prior, num_codes=None):
+    """Distance of the mean prediction (K,) from uniform: KL(pbar || uniform) or CE(uniform, pbar), in nats.
+
+    num_codes: K, where mean_probs is only a part of the mean prediction; then the part's share of the distance."""
+    num_codes = num_codes or mean_probs.numel()
+    # float32 probabilities underflow to 0 with tanh's unbounded logits; log of the smallest normal number stands in
+    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
+    if prior == "kl":
+        return (mean_probs * (log_mean + math.log(num_codes))).sum()
+    return -log_mean.sum() / num_codes
+
+
+def check_loss_inputs(views, codes, prior, num_global):
+    """Raises ValueError for views and codes that no form of the loss can take."""
+    if prior not in PRIORS:
+        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}")
+    if len(views) < 2 or not 1 <= num_global <= len(views):
+        raise ValueError(f"{len(views)} views with {num_global} global; expected at least 2 views, 1 of them global")
+    for h in views:
+        if h.shape != views[0].shape or h.shape[1] != codes.shape[0]:
+            raise ValueError(f"views have shapes {[tuple(h.shape) for h in views]}, codes {tuple(codes.shape)}; "
+                             "expected (B, F) each, and codes (F, K)")  # fmt: skip
 
 
 class CPLearnHead(nn.Module):
@@ -72,7 +113,7 @@ class CPLearnHead(nn.Module):
         h = b / ||b|| * sqrt(F / n)   "l2" (Eq. 1)      or   tanh(b)   "tanh" (section 3.3; the paper's experiments)
         s = h W / tau                                   (B, K) logits, W in {-1, +1}^(F x K)
 
-    in_dim: D.  out_dim: K, fewer than 1 / eps.  proj_dim: F, by default D.
+    in_dim: D.  out_dim: K, fewer than 1 / EPS.  proj_dim: F, by default D.
     batch_size: n, the images in one process's batch; it sets tau once, tau is stored with the weights, and no later
     batch size changes a logit. With l2, n cancels.
     seed, dictionary, storage, shard: of the codes, see dictionary.py.
@@ -88,7 +129,6 @@ class CPLearnHead(nn.Module):
         proj_dim=None,
         activation="l2",
         batch_size=64,
-        eps=1e-8,
         seed=0,
         dictionary="rademacher",
         storage="int8",
@@ -99,9 +139,8 @@ class CPLearnHead(nn.Module):
         if activation not in ACTIVATIONS:
             raise UserError(f"activation {activation!r}: expected one of {ACTIVATIONS}")
         self.activation = activation
-        self.tau = code_temperature(out_dim, proj_dim, batch_size, eps)
+        self.tau = code_temperature(out_dim, proj_dim, batch_size)
         self.radius = math.sqrt(proj_dim / batch_size)  # length of h with l2
-        self.eps = eps
         self.linear = nn.Linear(in_dim, proj_dim)
         self.bn = SyncBatchNorm(proj_dim)
         try:
@@ -186,7 +225,11 @@ class CPLearn(Objective):
 
     prior_scope "global": the prior's mean runs over the batch of all processes, so that N processes descend the loss of
     one process on the joined batch; "local": over each process's own batch, as in the authors' code.
-    loss_function: `cplearn_loss`, or another form of it as `choose_loss` gives.
+    loss_function: `cplearn_loss`, or another form of it as `fused_loss.choose_loss` gives.
+
+    Buffers about the last W images, whatever the epoch, W = K between the limits of `WINDOW`:
+    usage   (K,)  mean prediction, weighted by exp(-age / W), age in images; of sharded codes those held here
+    recent  (W,)  int32, the likeliest code of each of the last W images, a ring      seen: images so far
     """
 
     advice = {
@@ -202,31 +245,34 @@ class CPLearn(Objective):
         self.head, self.loss_function = head, loss_function
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
         self.num_codes = head.dictionary.num_codes
-        # since the epoch began: p summed over images, and how many images had each code as their largest p
+        self.window = min(max(self.num_codes, WINDOW[0]), WINDOW[1])
         self.register_buffer("usage", torch.zeros(self.num_codes))
-        self.register_buffer("counts", torch.zeros(self.num_codes, dtype=torch.int32))
+        self.register_buffer("recent", torch.zeros(self.window, dtype=torch.int32))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.assignments = None  # (N,) likeliest codes of this step's images, first view, all processes
 
     def forward(self, features):
         views = [self.head(x) for x in features]
-        reduce_mean = partial(self._mean_over_processes, batch_size=len(features[0]))
+        means = []  # pbar of each global view
+
+        def reduce_mean(local_mean):
+            means.append(self._mean_over_processes(local_mean))
+            return means[-1]
+
         with torch.autocast(features[0].device.type, enabled=False):
             loss, terms = self.loss_function(
                 views, self.head.dictionary, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
             )
-        assignment = terms.pop("assignment", None)  # of this process's images, where the loss has found it
-        codes = self._nearest_of_all(views[0].detach()) if assignment is None else all_gather_rows(assignment)
-        self.counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.int32))
+        found = terms.pop("assignments", None)  # of this process's images, where the loss has found them
+        with torch.no_grad():
+            self.assignments = self._nearest_of_all(views[0]) if found is None else all_gather_rows(found)
+            self._remember(torch.stack(means).mean(dim=0))
         return loss, terms
 
-    def _mean_over_processes(self, local_mean, batch_size):
-        dictionary = self.head.dictionary
-        mean = local_mean  # of the joined batch already where codes are sharded
-        if self.prior_scope == "global" and not dictionary.sharded:
-            mean = all_reduce_mean(local_mean)
-        num_images = batch_size * (world_size() if self.prior_scope == "global" else 1)
-        held = slice(dictionary.first, dictionary.first + len(mean))
-        self.usage[held] += mean.detach() * (num_images / self.num_global)
-        return mean
+    def _mean_over_processes(self, local_mean):
+        if self.prior_scope == "local" or self.head.dictionary.sharded:  # sharded: of the joined batch already
+            return local_mean
+        return all_reduce_mean(local_mean)
 
     def _nearest_of_all(self, h):
         """argmax_k of the logits of all processes' images, (N,): one more product of B x F x K."""
@@ -234,45 +280,79 @@ class CPLearn(Objective):
             return nearest_code(all_gather_rows(h), self.head.dictionary)
         return all_gather_rows(nearest_code(h, self.head.dictionary))
 
-    def before_save(self):
-        """With sharded codes each process has the usage of its own, until now."""
+    def _remember(self, mean):
+        """Take this step's images into the window; no wait for the device. mean: pbar of the codes held here."""
+        held = slice(self.head.dictionary.first, self.head.dictionary.first + len(mean))
+        self.usage[held].lerp_(mean.to(self.usage.dtype), 1 - math.exp(-len(self.assignments) / self.window))
+        codes = self.assignments[-self.window :]
+        places = (self.seen + torch.arange(len(codes), device=codes.device)) % self.window
+        self.recent.scatter_(0, places, codes.to(torch.int32))
+        self.seen += len(codes)
+
+    def share_statistics(self):
+        """With sharded codes each process has the usage of its own codes, until now."""
         if self.head.dictionary.sharded:
             self.usage.copy_(all_gather_rows(self.usage.view(world_size(), -1)[rank()]))
 
-    def start_epoch(self):
-        self.usage.zero_()
-        self.counts.zero_()
-
     @torch.no_grad()
     def statistics(self, features, averages):
-        """Since the epoch began, codes_used: codes that were some image's first; perplexity of the mean prediction.
-        prior_floor: the least prior that a batch of these N images can have; gap of the loss to Lemma 1's bound;
-        within_code: variance of features among images that share a code, relative to all (0: collapse inside codes)."""
-        self.before_save()
-        distribution = self.usage / self.usage.sum()
-        num_images = len(features)
-        return {
+        """What a line of the log says of codes and of the loss, nats unless a docstring beside it says otherwise.
+
+        codes_used      codes that were the likeliest of some image of the window; images_counted: how many it has
+        perplexity      of the mean prediction over the window, in codes
+        batch_perplexity    K exp(-prior): of one batch's mean prediction, in codes, at most about N if p is hard ("kl")
+        least_hard_prior    the least prior of a batch of N images whose p are hard; soft p, of some entropy, have less
+        information     I = log K - prior - H(p): per image, what the views agree on, beyond what is true of all images
+        gap, gap_share  of the loss to Lemma 1's bound; as a share of the trivial states' gap: 0 at the bound, 1 at the
+                        better one of uniform p and a single code
+        within_code     variance of features among images that share a code, over all variance (0: collapse in codes)
+        """
+        log_k = math.log(self.num_codes)
+        counted = torch.arange(self.window, device=self.seen.device) < self.seen
+        used = torch.zeros(self.num_codes + 1, dtype=torch.bool, device=self.seen.device)
+        used[torch.where(counted, self.recent.long(), self.num_codes)] = True
+        gap = averages["loss"] - loss_lower_bound(self.num_codes, self.beta, self.prior)
+        line = {
             "num_codes": self.num_codes,
-            "codes_used": int((self.counts > 0).sum()),
-            "perplexity": float(torch.special.entr(distribution).sum().exp()),
-            "prior_floor": prior_floor(self.num_codes, num_images, self.prior),
-            "gap": averages["loss"] - loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps),
-            "uniformity": averages["invariance"] / math.log(self.num_codes),
-            "within_code": within_code_variance(features, self.head.assign(features)),
+            "codes_used": used[:-1].sum(),
+            "images_counted": counted.sum(),
+            "perplexity": torch.special.entr(self.usage / self.usage.sum()).sum().exp(),
+            "least_hard_prior": least_hard_prior(self.num_codes, len(features), self.prior),
+            "entropy_share": averages["entropy"] / log_k,
+            "gap": gap,
+            "gap_share": gap / trivial_gap(self.num_codes, self.beta, self.prior) if self.beta else None,
+            "within_code": within_code_variance(features, self.assignments),
         }
+        if self.prior == "kl":
+            line["batch_perplexity"] = self.num_codes * math.exp(-averages["prior"])
+            line["images_per_mean"] = len(features) // (world_size() if self.prior_scope == "local" else 1)
+            line["information"] = log_k - averages["prior"] - averages["entropy"]
+        return line
 
     def describe(self):
         dictionary, dim = self.head.dictionary, self.head.dictionary.shape[0]
         packed = dim * math.ceil(self.num_codes / 8) if dictionary.travels_as_bits() else 0
         shard = f", {dictionary.shape[1]} codes in each of {world_size()} processes" if dictionary.sharded else ""
-        return [
+        lines = [
             f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}",
             f"dictionary: {dictionary.kind}, {dictionary.num_bytes() / 2**20:.2f} MiB in memory "
             f"({dictionary.storage}){shard}, {packed / 2**20:.2f} MiB in a checkpoint",
             f"loss: {describe_loss(self.loss_function)}",
-            f"Lemma 1: the loss cannot fall below "
-            f"{loss_lower_bound(self.num_codes, self.beta, self.prior, self.head.eps):.4f} nats",
+            f"Lemma 1: the loss cannot fall below {loss_lower_bound(self.num_codes, self.beta, self.prior):.4f} nats",
         ]
+        if self.beta > 1:
+            lines.append(
+                f"note: --beta {self.beta:g}: above 1, one code for all images has a lower loss than uniform p, so "
+                "collapse lies downhill from the start; 1 or less is safer"
+            )
+        return lines
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        if prefix + "counts" in state_dict:  # of an epoch, as older checkpoints have it: the window begins anew
+            names = ("usage", "recent", "seen")
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + "counts"}
+            state_dict |= {prefix + name: torch.zeros_like(getattr(self, name)) for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def describe_loss(loss_function):
@@ -285,11 +365,10 @@ def describe_loss(loss_function):
 # ---- constants of the method -----------------------------------------------------------------------------------------
 
 
-def code_temperature(num_codes, dim, batch_size, eps=1e-8):
+def code_temperature(num_codes, dim, batch_size, eps=EPS):
     """tau = F / (sqrt(n) log((1 - eps (K - 1)) / eps)): an embedding that equals a code gets p = 1 - eps (K - 1).
 
     num_codes: K, with eps (K - 1) < 1.  dim: F.  batch_size: n, images in one process's batch.
-    eps: 1e-8 as in the paper's footnote 2 and the authors' code (its Algorithm 1 prints 1e-6).
     Raises UserError where K is too large for eps.
     """
     if num_codes < 2 or eps * (num_codes - 1) >= 1:
@@ -299,7 +378,7 @@ def code_temperature(num_codes, dim, batch_size, eps=1e-8):
     return dim / (math.sqrt(batch_size) * math.log((1 - eps * (num_codes - 1)) / eps))
 
 
-def loss_lower_bound(num_codes, beta, prior="kl", eps=1e-8):
+def loss_lower_bound(num_codes, beta, prior="kl", eps=EPS):
     """Lemma 1: the least value of `cplearn_loss` on a whole data set, in nats, when every p is at least eps.
 
     -beta [ (1 - e) log(1 - e) + e log eps ] with e = eps (K - 1), plus 0 for "kl" or log K for "ce". A loss that
@@ -310,22 +389,39 @@ def loss_lower_bound(num_codes, beta, prior="kl", eps=1e-8):
     return beta * entropy + (math.log(num_codes) if prior == "ce" else 0.0)
 
 
-def prior_floor(num_codes, num_images, prior="kl"):
-    """Least prior of one batch of N images with hard codes: log(K / N) for "kl" while N < K; log K for "ce"."""
+def least_hard_prior(num_codes, num_images, prior="kl"):
+    """Least prior of a batch of N images if each p is hard, one code: log(K / N) for "kl" while N < K; log K for "ce".
+
+    Soft p spread over several codes each, so that the mean of a batch can be uniform although N < K: less is possible.
+    """
     return math.log(num_codes) if prior == "ce" else max(0.0, math.log(num_codes / num_images))
+
+
+def trivial_gap(num_codes, beta, prior="kl"):
+    """Gap to Lemma 1's bound, in nats, of the better one of two states that know nothing of the images: every p uniform
+    has beta log K; one code for all images has log K with "kl", and no bound with "ce"."""
+    return (beta if prior == "ce" else min(beta, 1)) * math.log(num_codes)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
 
 
 def add_method_arguments(parser):
     add = parser.add_argument_group("method").add_argument
-    add("--out_dim", type=int, default=131072, help="number of codes K; more codes mean finer clusters")
-    add("--proj_dim", type=int, default=None, help="width F of the head (default: the backbone's)")
+    add(
+        "--out_dim",
+        type=Number(int, least=2, below=1 / EPS),
+        default=131072,
+        help="number of codes K; more codes mean finer clusters",
+    )
+    add("--proj_dim", type=positive(int), default=None, help="width F of the head (default: the backbone's)")
     add(
         "--activation",
         choices=ACTIVATIONS,
         default="l2",
         help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh: the paper's experiments",
     )
-    add("--beta", type=float, default=0.25, help="weight of agreement; if code usage falls, lower it")
+    add("--beta", type=not_negative(float), default=0.25, help="weight of agreement; if code usage falls, lower it")
     add("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
     add(
         "--prior_scope",
@@ -333,6 +429,7 @@ def add_method_arguments(parser):
         default="global",
         help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
     )
+    add = parser.add_argument_group("for K of millions").add_argument
     add(
         "--head_impl",
         choices=HEAD_IMPLS,
@@ -358,31 +455,3 @@ def add_method_arguments(parser):
         default=False,
         help="each process holds its share of the codes and sees all images: for K of millions",
     )
-    add("--eps", type=float, default=1e-8, help="of the temperature; K must stay below 1 / eps")
-
-
-PRIORS = ("kl", "ce")
-
-
-def prior_loss(mean_probs, prior, num_codes=None):
-    """Distance of the mean prediction (K,) from uniform: KL(pbar || uniform) or CE(uniform, pbar), in nats.
-
-    num_codes: K, where mean_probs is only a part of the mean prediction; then the part's share of the distance."""
-    num_codes = num_codes or mean_probs.numel()
-    # float32 probabilities underflow to 0 with tanh's unbounded logits; log of the smallest normal number stands in
-    log_mean = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
-    if prior == "kl":
-        return (mean_probs * (log_mean + math.log(num_codes))).sum()
-    return -log_mean.sum() / num_codes
-
-
-def check_loss_inputs(views, codes, prior, num_global):
-    """Raises ValueError for views and codes that no form of the loss can take."""
-    if prior not in PRIORS:
-        raise ValueError(f"prior is {prior!r}; expected one of {PRIORS}")
-    if len(views) < 2 or not 1 <= num_global <= len(views):
-        raise ValueError(f"{len(views)} views with {num_global} global; expected at least 2 views, 1 of them global")
-    for h in views:
-        if h.shape != views[0].shape or h.shape[1] != codes.shape[0]:
-            raise ValueError(f"views have shapes {[tuple(h.shape) for h in views]}, codes {tuple(codes.shape)}; "
-                             "expected (B, F) each, and codes (F, K)")  # fmt: skip

@@ -97,7 +97,7 @@ def analyse(evaluated, features, codes, args):
     if codes is not None:
         usage = collapse.code_usage(codes, count_codes(head))
         curves["usage"] = usage.pop("counts")
-        within_code = within_code_variance(features, codes)
+        within_code = float(within_code_variance(features, codes))
         row |= usage | {"within_code": None if math.isnan(within_code) else within_code}
         some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
         tightness.append(collapse.tightness(features[some], codes[some]))

@@ -14,6 +14,7 @@ The same command again goes on where the run was, bit for bit.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import math
@@ -37,6 +38,7 @@ from backbones import add_backbone_arguments, build_backbone
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
+    copy_is_due,
     find_earlier,
     keep_copy,
     lock_folder,
@@ -50,11 +52,12 @@ from evaluation import extract_features
 from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, open_dataset
-from monitor import Clock, Recorder, RunLog, diagnose, feature_statistics, memory_mb, plot_views
+from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, plot_views, read_together
 from utils import (
     PRECISIONS,
     Agreement,
     ArgumentParser,
+    Number,
     Stopped,
     UserError,
     all_gather_rows,
@@ -66,8 +69,10 @@ from utils import (
     init_distributed,
     is_lost_peer,
     make_folder,
+    not_negative,
     on_rank_zero,
     parameter_groups,
+    positive,
     rank,
     seed_everything,
     world_size,
@@ -75,7 +80,7 @@ from utils import (
 from watch import Watch
 
 NUM_GLOBAL = 2  # global crops, as in DINO and the paper
-GO_ON, SAVE = 0, 1  # what the processes agree on after each step; a larger number: save, and stop by that signal
+GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP: save, then end by the signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
 
 
@@ -106,16 +111,16 @@ def get_args_parser():
 
 def add_optimization_arguments(parser):
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size_per_gpu", type=int, default=64, help="images per process; also fixes tau for tanh")
-    add("--epochs", type=int, default=100, help="passes over the images; the paper: 100 on ImageNet-100")
-    add("--max_steps", type=int, default=None, help="end (and anneal) after so many steps, for trying things")
-    add("--warmup_epochs", type=float, default=10, help="linear warm-up of the learning rate")
+    add("--batch_size_per_gpu", type=positive(int), default=64, help="images per process; also fixes tau for tanh")
+    add("--epochs", type=positive(int), default=100, help="passes over the images; the paper: 100 on ImageNet-100")
+    add("--max_steps", type=positive(int), default=None, help="end (and anneal) after so many steps, for trying things")
+    add("--warmup_epochs", type=not_negative(float), default=10, help="linear warm-up of the learning rate")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
-    add("--lr", type=float, default=5e-4, help="learning rate per 256 images, after the warm-up")
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end; not scaled")
-    add("--weight_decay", type=float, default=0.04, help="not on biases, norms, cls_token and pos_embed")
-    add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end of its cosine")
-    add("--clip_grad", type=float, default=3.0, help="largest global gradient norm; 0: no clipping")
+    add("--lr", type=positive(float), default=5e-4, help="learning rate per 256 images, after the warm-up")
+    add("--min_lr", type=not_negative(float), default=1e-6, help="learning rate at the end; not scaled")
+    add("--weight_decay", type=not_negative(float), default=0.04, help="not on biases, norms, cls_token and pos_embed")
+    add("--weight_decay_end", type=not_negative(float), default=0.4, help="weight decay at the end of its cosine")
+    add("--clip_grad", type=not_negative(float), default=3.0, help="largest global gradient norm; 0: no clipping")
     add(
         "--precision",
         choices=("auto", *PRECISIONS),
@@ -135,7 +140,12 @@ def add_run_arguments(parser):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="runs/cplearn", help="checkpoint, log and figures; the same folder resumes")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: cuda, else mps, else cpu")
-    add("--seed", type=int, default=0, help="of weights, dictionary, order and augmentation")
+    add(
+        "--seed",
+        type=Number(int, least=0, below=2**63),
+        default=0,
+        help="of weights, dictionary, order and augmentation",
+    )
     add("--resume", default=None, metavar="PATH", help="where the output_dir has no checkpoint, go on from this one")
     add(
         "--no-resume",
@@ -149,17 +159,27 @@ def add_run_arguments(parser):
         default=False,
         help="go on although flags that change the result differ from the checkpoint's",
     )
-    add("--save_every_minutes", type=float, default=10, help="at most this much work is ever lost")
+    add("--save_every_minutes", type=not_negative(float), default=10, help="at most this much work is ever lost")
     add(
         "--watchdog_s",
-        type=float,
+        type=not_negative(float),
         default=600,
         help="seconds without a step after which a process shows where it hangs and ends with exit code 75, so that "
         "the launcher starts the run again; 0: never",
     )
-    add("--saveckp_freq", type=int, default=20, help="keep checkpoint0020.pth, ... every so many epochs; 0: none")
-    add("--log_every", type=int, default=50, help="steps per logged line; each costs one wait for the device")
-    add("--knn_every", type=int, default=0, help="k-NN accuracy every so many epochs, where labels are; 0: never")
+    add(
+        "--saveckp_freq",
+        type=not_negative(int),
+        default=20,
+        help="keep checkpoint0020.pth, ... every so many epochs; 0: none",
+    )
+    add("--log_every", type=positive(int), default=50, help="steps per logged line; each costs one wait for the device")
+    add(
+        "--knn_every",
+        type=not_negative(int),
+        default=0,
+        help="k-NN accuracy every so many epochs, where labels are; 0: never",
+    )
 
 
 @dataclass
@@ -204,13 +224,16 @@ def train(args):
     step = resume(run)
     run.log = RunLog(args.output_dir, step, run.total_steps)
     describe(run, step)
-    keep_copy(run, step)  # the earlier start may have ended before it could
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
         try:
+            if run.recorder.epoch.count and step % run.loader.steps_per_epoch == 0:
+                finish_epoch(run, step)  # the earlier start ended in its k-NN
+            keep_copy(run, step)  # the earlier start may have ended before it could
             while step < run.total_steps:
                 step = train_one_epoch(run, step)
                 finish_epoch(run, step)
             run.agreement.settle()
+            dist.barrier()  # SLURM may end all processes some time after the first: not while rank 0 writes
             run.log.print(f"done: {step} steps; {checkpoint_path(args)}")
             close(run)
         except RuntimeError as error:
@@ -224,8 +247,6 @@ def train_one_epoch(run, step):
     """From global step `step` to the end of its epoch (or of the run); returns the step reached."""
     epoch, first = divmod(step, run.loader.steps_per_epoch)
     last = min((epoch + 1) * run.loader.steps_per_epoch, run.total_steps)
-    if first == 0:
-        run.model.objective.start_epoch()
     run.model.train()
     run.buffers_before_step = buffers_before_step(run, step)
     clock = Clock()
@@ -239,10 +260,10 @@ def train_one_epoch(run, step):
             break  # the epoch's own line and checkpoint follow, as one
         run.buffers_before_step = buffers_before_step(run, step)
         action = run.agreement.vote(own_vote(run))
-        if action:
-            save(run, step, stopping=action > SAVE)
-        if action > SAVE:
-            stop(run, step, action)
+        if action != GO_ON:
+            save(run, step, stopping=action == STOP)
+        if action == STOP:
+            stop(run, step)
     return step
 
 
@@ -314,10 +335,10 @@ def update_weights(run):
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips an overflow and lowers the scale
         scaler.update()
-    elif run.args.optimizer == "adamw":
+    elif run.args.optimizer != "lars":
         optimizer.found_inf = (~finite).float()  # fused kernels then leave the weights alone, and nobody waits
         optimizer.step()
-    elif finite:  # sgd and lars have no such switch: one wait per step
+    elif finite:  # lars has no such switch: one wait per step
         optimizer.step()
     optimizer.zero_grad()
     return grad_norm
@@ -327,25 +348,28 @@ def update_weights(run):
 
 
 def log_step(run, step, features, clock):
-    """Averages since the last line, and what this step's features look like: the one wait for the device."""
+    """Averages since the last line, and what this step's features look like: two waits for the device."""
     run.recorder.read(may_overflow=run.may_overflow)
-    num_steps, averages = run.recorder.line.count, run.recorder.line.take()
+    averages = run.recorder.line.take()
     images = run.effective_batch
     features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.batch_size))
-    line = {
-        **log_head("step", run, step, averages),
-        **feature_statistics(features.flatten(0, 2)),
-        **run.model.objective.statistics(features[:, 0].flatten(0, 1), averages),
-        "images_in_epoch": ((step - 1) % run.loader.steps_per_epoch + 1) * images,
-        "bad_images": count_bad_images(run),
-        "images_per_s": num_steps * images / clock.elapsed(),
-        "data_wait": clock.waited / clock.elapsed(),  # share of the time
-        "memory_mb": memory_mb(),
-    }
+    run.model.objective.share_statistics()
+    bad_images = count_bad_images(run)
+    if rank() == 0:
+        line = {
+            **log_head("step", run, step, averages),
+            **feature_tensors(features.flatten(0, 2)),
+            **run.model.objective.statistics(features[:, 0].flatten(0, 1), averages),
+            "bad_images": bad_images,
+            "images_per_s": clock.steps * images / clock.elapsed(),
+            "data_wait": clock.waited / clock.elapsed(),  # share of the time
+            "memory_mb": memory_mb(run.device),
+        }
+        line = read_together(line)
+        run.log.write(line)
+        if step > warmup_steps(run):  # before that, p is near uniform in every run
+            run.log.warn(diagnose(line), run.model.objective.advice)
     clock.restart()
-    run.log.write(line)
-    if step > warmup_steps(run):  # before that, p is near uniform in every run
-        run.log.warn(diagnose(line), run.model.objective.advice)
 
 
 def log_head(kind, run, step, averages):
@@ -368,17 +392,20 @@ def count_bad_images(run):
 
 
 def finish_epoch(run, step):
-    """k-NN where it is asked for, the epoch's line, and its checkpoint."""
+    """k-NN where it is asked for, the epoch's line, its checkpoint, and then the figure."""
     args, epoch = run.args, (step - 1) // run.loader.steps_per_epoch
-    run.recorder.read(may_overflow=run.may_overflow)
-    line = log_head("epoch", run, step, run.recorder.epoch.take())
     last = step == run.total_steps
+    found = {}
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
-        with run.watch.paused():
-            line |= knn(run)
-    run.log.write(line)
-    if save(run, step, stopping=last):
+        save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
+        # what fails on one of several processes ends them all: the others are inside a collective
+        with run.watch.paused(), run.log.going_on("k-NN") if world_size() == 1 else contextlib.nullcontext():
+            found = knn(run)
+    run.recorder.read(may_overflow=run.may_overflow)
+    run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
+    if (last or copy_is_due(run, step)) and save(run, step, stopping=last):  # else the clock decides
         keep_copy(run, step)
+    run.log.draw(last)
 
 
 def knn(run):
@@ -423,18 +450,23 @@ def describe(run, step):
 def own_vote(run):
     """What this process votes for: what all of them should do now."""
     if run.watch.signals:
-        return int(run.watch.signals[0])
-    due = rank() == 0 and time.monotonic() - run.saved_at > 60 * run.args.save_every_minutes
-    return SAVE if due else GO_ON
+        return STOP
+    if rank() != 0 or time.monotonic() - run.saved_at <= 60 * run.args.save_every_minutes:
+        return GO_ON
+    run.saved_at = time.monotonic()  # several processes save one step later: this vote is not cast twice
+    return SAVE
 
 
-def stop(run, step, number):
-    """End after signal `number`: the checkpoint is written."""
+def stop(run, step):
+    """End after a signal that at least one process has got: the checkpoint is written."""
     run.agreement.settle()
-    dist.barrier()  # SLURM ends all processes when the first one leaves: not while rank 0 writes
+    number = torch.tensor(int(run.watch.signals[0]) if run.watch.signals else 0)
+    dist.all_reduce(
+        number, dist.ReduceOp.MAX
+    )  # SLURM ends all processes when the first one leaves: not while rank 0 writes
     run.log.print(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
-    raise Stopped(128 + number)
+    raise Stopped(128 + int(number))
 
 
 def close(run):
@@ -457,6 +489,7 @@ def build_run(args):
         raise UserError("--batch_size_per_gpu 1: batch norm needs at least 2 images per step, over all processes")
     images = open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
+    refuse_differences(args, images)
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size())
     seed_everything(args.seed)
     model = build_model(args, batch_size, device)
@@ -494,7 +527,6 @@ def build_model(args, batch_size, device):
         args.proj_dim,
         args.activation,
         batch_size,
-        args.eps,
         args.seed,
         args.dictionary,
         args.codes_storage,
@@ -527,29 +559,23 @@ def build_optimizer(args, model):
     groups = parameter_groups(model)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
-    return Lars(groups, lr=0.0, momentum=0.9)
+    if args.optimizer == "lars":
+        return Lars(groups, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        # else a first step that is skipped leaves the momentum as the memory happened to be (torch 2.14)
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def check_arguments(args, device):
-    """Fill in what depends on the data set and the device, and refuse what cannot work."""
+    """Fill in what depends on the data set and the device, and refuse flags that do not go together."""
     data.resolve_dataset_defaults(args)
     args.precision = choose_precision(args.precision, device)
     if args.shard_codes and args.prior_scope == "local":
         raise UserError("--prior_scope local: with --shard_codes every process sees all images; use global")
     if args.precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
-    for name in ("out_dim", "batch_size_per_gpu", "epochs", "lr", "eps", "log_every", "max_steps", "proj_dim"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: expected a number above 0")
-    for name in ("beta", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
-                 "save_every_minutes", "watchdog_s", "saveckp_freq", "knn_every", "seed"):  # fmt: skip
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number of at least 0")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed}: expected a number below 2^63")
     if 0 < args.watchdog_s < 10:
         raise UserError(f"--watchdog_s {args.watchdog_s:g}: expected 0 (never) or at least 10; a step takes its time")
 
@@ -575,6 +601,20 @@ def open_val(args, images):
     if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
     return val_images
+
+
+def refuse_differences(args, images):
+    """Raises UserError, on all processes, where they were given other flags or see other images than rank 0: a folder
+    may be listed late by a network file system, and the processes of several nodes may be started by hand."""
+    own = {"images": len(images), "fingerprint of the images": images.fingerprint}
+    own |= {f"--{name}": value for name, value in vars(args).items() if name not in ("data_path", "num_workers")}
+    all_of_them = [None] * world_size()
+    dist.all_gather_object(all_of_them, own)
+    for other, theirs in enumerate(all_of_them):
+        names = [name for name, value in all_of_them[0].items() if theirs.get(name) != value]
+        if names:
+            what = "; ".join(f"{name} {all_of_them[0][name]} and {theirs.get(name)}" for name in names)
+            raise UserError(f"rank 0 and rank {other} differ: {what}; expected one command and one data set for all")
 
 
 @command_line

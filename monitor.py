@@ -24,9 +24,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import replace_file
-from utils import RunFailed, all_reduce_mean, rank
+from utils import RunFailed, all_reduce_mean, one_line, rank
 
-MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe: its singular values take about 0.1 s on a CPU at D = 384
+MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe
+SECONDS_PER_DRAWING = 300  # loss.png takes about a second
 
 
 class NonFiniteLoss(RunFailed):
@@ -100,7 +101,7 @@ class Averages:
     def take(self):
         """The means so far; the next ones begin anew."""
         means = {name: value / self.count for name, value in self.sums.items()}
-        self.__init__()
+        self.count, self.sums = 0, {}
         return means
 
 
@@ -116,6 +117,7 @@ class RunLog:
         self.writer = self.bar = None
         self.warned = set()
         self.waiting = ""  # lines that are not in log.txt yet
+        self.drawn_at = -math.inf
         if rank() == 0:
             threading.excepthook = keep_tensorboard_quiet
             drop_lines_after(self.folder / "log.txt", step)
@@ -153,7 +155,11 @@ class RunLog:
             self._add_events(line)
         if line["kind"] == "step":
             self._show(line)
-        else:
+
+    def draw(self, last=False):
+        """loss.png, at most every `SECONDS_PER_DRAWING`, since the other processes wait for it, and at the end."""
+        if rank() == 0 and (last or time.monotonic() > self.drawn_at + SECONDS_PER_DRAWING):
+            self.drawn_at = time.monotonic()
             with self.going_on("loss.png"):
                 plot_log(self.folder / "log.txt", self.folder / "loss.png")
 
@@ -174,11 +180,11 @@ class RunLog:
 
     @contextlib.contextmanager
     def going_on(self, what):
-        """A file that cannot be written is a warning: the run goes on, and the disk may be mended meanwhile."""
+        """What cannot be written, or drawn, is a warning: the run goes on, and the disk may be mended meanwhile."""
         try:
             yield
-        except OSError as error:
-            reason = error.strerror or error
+        except Exception as error:  # of a disk, or whatever a library of figures raises: never worth a run
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
             self.print(f"warning: step {self.step}: {what} could not be written: {reason}; going on")
 
     def _show(self, line):
@@ -224,7 +230,7 @@ def hours(seconds):
 def read_log(path):
     """The lines of a log.txt as dicts; what a killed run left half written, or damage, is passed over."""
     lines = []
-    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             with contextlib.suppress(ValueError, RecursionError):
                 lines.append(json.loads(text))
@@ -243,46 +249,65 @@ def drop_lines_after(path, step):
 
 
 def feature_statistics(features):
+    """`feature_tensors` as floats: one wait for the device."""
+    return read_together(feature_tensors(features))
+
+
+def feature_tensors(features):
     """Of backbone features (N, D): mean and standard deviation (Fig. 7 of arXiv 2410.04959: the first over all entries,
     the second over images, averaged over features), `spread` = rms distance from the mean feature over rms length, in
-    [0, 1], and RankMe of at most 1024 rows with that many rows beside it. Waits for the device."""
+    [0, 1], and RankMe of at most 1024 rows with that many rows beside it. Tensors of one number, not waited for."""
     features = features.float()
     centered = features - features.mean(dim=0)
-    numbers = torch.stack([
-        features.mean(),
-        centered.square().sum(dim=0).div(len(features) - 1).sqrt().mean(),
-        (centered.square().sum() / features.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).sqrt(),
-    ])  # fmt: skip
-    mean, std, spread = numbers.tolist()
     rows = features[:MAX_FEATURE_ROWS]
     return {
-        "feature_mean": mean,
-        "feature_std": std,
-        "spread": spread,
-        "rankme": rankme(rows),
+        "feature_mean": features.mean(),
+        "feature_std": centered.square().sum(dim=0).div(len(features) - 1).sqrt().mean(),
+        "spread": (centered.square().sum() / features.square().sum().clamp(min=torch.finfo(torch.float32).tiny)).sqrt(),
+        "rankme": rankme_tensor(rows),
         "rankme_max": min(rows.shape),
     }
+
+
+def read_together(line):
+    """A line whose tensors of one number have become numbers of their kind: one wait for the device."""
+    names = [name for name, value in line.items() if torch.is_tensor(value)]
+    if not names:
+        return line
+    values = torch.stack([line[name].detach().float() for name in names]).tolist()
+    whole = {name: not line[name].is_floating_point() for name in names}
+    return line | {name: int(v) if whole[name] else v for name, v in zip(names, values, strict=True)}
 
 
 def rankme(features):
     """Effective rank of features (N, D): exp of the entropy of their singular values, in [1, min(N, D)].
 
     Garrido et al., "RankMe", ICML 2023, Eq. 1; NaN where features are all zero or not finite."""
-    if not torch.isfinite(features).all() or not features.any():
-        return math.nan
-    values = torch.linalg.svdvals(features.float().cpu())
-    return float(torch.special.entr(values / values.sum()).sum().exp())
+    return float(rankme_tensor(features))
+
+
+def rankme_tensor(features):
+    """`rankme` as a tensor. The singular values are the roots of the Gram matrix's eigenvalues, in float64."""
+    if features.device.type == "mps":  # it has no float64
+        features = features.cpu()
+    x = features.double()
+    valid = torch.isfinite(x).all() & x.any()
+    x = torch.nan_to_num(x, 0, 0, 0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    rank_of = torch.special.entr(values / values.sum()).sum().exp()
+    return torch.where(valid, rank_of, math.nan)
 
 
 def diagnose(line):
     """What the numbers of a logged line look like: list of (kind, sentence); empty for a healthy run.
 
     Kinds: the four collapses of section 1 and Fig. 1 of arXiv 2410.04959, and the saddle where every p is uniform.
-    The limits are rules of thumb, far from what runs that learn show.
+    Numbers that a line does not have are not judged. The limits are rules of thumb, far from what runs that learn show:
+    the cross-entropy of two views passes log K on its way down, so the saddle is told by the entropy of p; and clusters
+    have collapsed where a batch's mean prediction has less than a quarter of the perplexity that is possible.
     """
     found = []
-    possible = min(line.get("num_codes", math.inf), line.get("images_in_epoch", math.inf))
-    used = min(line.get("codes_used", math.inf), line.get("perplexity", math.inf))
     if line["spread"] < 0.01:
         found.append(
             ("representation", f"representation collapse: features differ by {line['spread']:.2%} of their length")
@@ -291,15 +316,28 @@ def diagnose(line):
         found.append(
             ("dimensional", f"dimensional collapse: RankMe {line['rankme']:.1f} of at most {line['rankme_max']}")
         )
-    if abs(line.get("uniformity", 0.0) - 1) < 0.02:
-        found.append(("saddle", f"the saddle of uniform p: invariance is {line['uniformity']:.1%} of log K"))
-    elif used < max(2.5, 0.02 * possible):
-        found.append(("cluster", f"cluster collapse: {used:.0f} codes in use where {possible} could be"))
+    if line.get("entropy_share", 0.0) > 0.98:
+        found.append(("saddle", f"the saddle of uniform p: the entropy of p is {line['entropy_share']:.1%} of log K"))
+    elif (cluster := describe_cluster_collapse(line)) is not None:
+        found.append(("cluster", f"cluster collapse: {cluster}"))
     if line.get("within_code", 1.0) < 1e-3:
         found.append(
             ("intracluster", f"intracluster collapse: {line['within_code']:.2%} of the variance is within codes")
         )
     return found
+
+
+def describe_cluster_collapse(line):
+    """Words for few codes in a batch, or in the window of images, where many could be in use; else None."""
+    num_codes = line.get("num_codes", math.inf)
+    in_batch, possible = line.get("batch_perplexity", math.inf), min(num_codes, line.get("images_per_mean", math.inf))
+    if in_batch < possible / 4:
+        return f"the mean prediction of a batch has perplexity {in_batch:.1f} where {possible} is possible"
+    used = min(line.get("codes_used", math.inf), line.get("perplexity", math.inf))
+    possible = min(num_codes, line.get("images_counted", math.inf))
+    if used < max(2.5, 0.02 * possible):
+        return f"{used:.0f} codes in use where {possible} could be"
+    return None
 
 
 def plot_views(views, mean, std, path, num_images=8):
@@ -311,63 +349,112 @@ def plot_views(views, mean, std, path, num_images=8):
     torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 128 // size[0])), path)
 
 
-def memory_mb():
-    """Peak memory of this process in MB (10^6 bytes): of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+def memory_mb(device):
+    """Peak memory in MB (10^6 bytes): of the GPU that is used, or resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def plot_log(log_path, figure_path):
-    """Draw loss, terms, code usage and rank of a log.txt against the step."""
-    import matplotlib  # here: half a second that --help does not wait for
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with any kind of colour vision
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def pyplot():
+    """matplotlib's pyplot without a screen, in the style of all our figures; imported late, --help need not wait."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's, inherited, is an error where its package is missing
+    import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    steps = [line for line in read_log(log_path) if line["kind"] == "step"]
-    panels = [
-        ("loss and its terms (nats)", ["train_loss", "train_invariance", "train_prior", "prior_floor"]),
-        ("codes in use", ["codes_used", "perplexity"]),
-        ("features", ["rankme", "feature_std", "spread"]),
-        ("optimisation", ["train_lr", "train_grad_norm"]),
-    ]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
-        for name in names:
-            points = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
+    plt.rcParams.update({
+        "axes.prop_cycle": plt.cycler(color=PALETTE),
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 9,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 150,
+    })  # fmt: skip
+    return plt
+
+
+# loss.png: title of a panel, scale, and its curves {label: function of a line of log.txt}
+PANELS = {
+    "loss and what it is made of (nats)": ("linear", {
+        "loss": lambda line: line["train_loss"],
+        "beta x invariance": lambda line: line["train_loss"] - line["train_prior"],
+        "prior": lambda line: line["train_prior"],
+    }),
+    "information (nats per image)": ("linear", {
+        "log K": lambda line: math.log(line["num_codes"]),
+        "entropy of p": lambda line: line["train_entropy"],
+        "information: log K - prior - entropy of p": lambda line: line["information"],
+        "least prior of hard p": lambda line: line["least_hard_prior"],
+        "prior": lambda line: line["train_prior"],
+    }),
+    "codes": ("log", {
+        "in use": lambda line: line["codes_used"],
+        "perplexity": lambda line: line["perplexity"],
+        "perplexity within a batch": lambda line: line["batch_perplexity"],
+    }),
+    "features": ("linear", {"RankMe": lambda line: line["rankme"]}),
+    "spread of features (0: all alike)": ("linear", {"spread": lambda line: line["spread"]}),
+    "optimisation": ("log", {
+        "learning rate": lambda line: line["train_lr"],
+        "gradient norm": lambda line: line["train_grad_norm"],
+    }),
+}  # fmt: skip
+
+
+def plot_log(log_path, figure_path):
+    """Draw loss, terms, code usage and rank of a log.txt against the step."""
+    plt = pyplot()
+    lines = [line for line in read_log(log_path) if line["kind"] == "step"]
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), sharex=True)
+    for axis, (title, (scale, curves)) in zip(axes.flat, PANELS.items(), strict=True):
+        for label, value_of in curves.items():
+            points = [(line["step"], value) for line in lines if (value := value_or_none(value_of, line)) is not None]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=name.removeprefix("train_").replace("_", " "), linewidth=1.3
-                )
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        if axis.lines:
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
+        axis.set(title=title, yscale=scale if axis.has_data() else "linear")
+        if scale == "log":
+            axis.yaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        if len(axis.get_lines()) > 1:
             axis.legend(fontsize=8)
-        if title != "loss and its terms (nats)":
-            axis.set_yscale("log")
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(figure_path, dpi=120)
+    figure.savefig(figure_path)
     plt.close(figure)
 
 
+def value_or_none(value_of, line):
+    """A curve's value at a line; None where the line lacks a number of it: another method's, or NaN."""
+    try:
+        return value_of(line)
+    except (KeyError, TypeError):
+        return None
+
+
 class Clock:
-    """Time since the last logged line, and the share of it spent waiting for data. Seconds."""
+    """Time and steps since the last logged line, and the share of the time spent waiting for data. Seconds."""
 
     def __init__(self):
         self.restart()
 
     def restart(self):
-        self.start, self.waited = time.monotonic(), 0.0
+        self.start, self.waited, self.steps = time.monotonic(), 0.0, 0
 
     def elapsed(self):
         return time.monotonic() - self.start
 
     def waiting(self, iterator):
-        """Pass items through and count the time until each is there."""
+        """Pass items through, one a step, and count the time until each is there."""
         iterator = iter(iterator)
         while True:
             before = time.monotonic()
@@ -376,18 +463,24 @@ class Clock:
             except StopIteration:
                 return
             self.waited += time.monotonic() - before
+            self.steps += 1
             yield item
 
 
 def within_code_variance(features, codes):
-    """Variance of features (N, D) among rows that share a code (N,), over the variance among all rows; float.
+    """Variance of features (N, D) among rows that share a code (N,), over the variance among all rows: one number, a
+    tensor, not waited for.
 
     Both unbiased, so 1 means that codes say nothing about features and 0 that a code's images coincide. NaN where no
     two rows share a code."""
-    _, group, count = codes.unique(return_inverse=True, return_counts=True)
-    features = features.float()
-    sums = torch.zeros(len(count), features.shape[1], device=features.device).index_add_(0, group, features)
-    within = (features - (sums / count[:, None])[group]).square().sum()
+    codes, order = codes.sort()
+    features = features.float()[order]
+    begins = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
+    begins[1:] = codes[1:] != codes[:-1]
+    group = begins.cumsum(0) - 1  # (N,) from 0; how many there are is known on the device only
+    count = torch.zeros(len(codes), device=codes.device).index_add_(0, group, torch.ones_like(features[:, 0]))
+    sums = torch.zeros_like(features).index_add_(0, group, features)
+    within = (features - (sums / count.clamp(min=1)[:, None])[group]).square().sum()
     total = (features - features.mean(dim=0)).square().sum()
-    freedom = len(features) - len(count)
-    return float(within / freedom / (total / (len(features) - 1))) if freedom > 0 and total > 0 else math.nan
+    freedom = len(features) - begins.sum()
+    return torch.where((freedom > 0) & (total > 0), within / freedom / (total / (len(features) - 1)), math.nan)

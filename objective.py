@@ -18,15 +18,13 @@ class Objective(nn.Module):
     def after_step(self, step):
         """Called after the optimizer's step."""
 
-    def start_epoch(self):
-        """Statistics kept over an epoch begin anew."""
-
-    def before_save(self):
-        """Called on all processes before the first of them writes a checkpoint."""
+    def share_statistics(self):
+        """Called on all processes before the first of them writes a checkpoint or reads `statistics`."""
 
     def statistics(self, features, averages):
-        """Named numbers for a logged line. features: (N, D), one view of this step's images; averages: {name: mean}
-        of the loss and its terms since the last line. May wait for the device."""
+        """Named numbers for a logged line, on the first process: floats, None, or tensors of one number, which the
+        caller reads together. features: (N, D), the first view of this step's images; averages: {name: mean} of the
+        loss and its terms since the last line."""
         return {}
 
     def describe(self):

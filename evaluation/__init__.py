@@ -37,12 +37,9 @@ import data
 import images as image_sets
 import pretrained
 import utils
+from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel
 from utils import PRECISIONS, UserError
-
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart with any kind of colour vision
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-
 
 RANKED = 5  # classes that a prediction names, for top-5
 MAX_STATS = 200_000  # files whose size and times are looked at: 2 s on a disk, a minute over a slow network
@@ -407,27 +404,6 @@ def find_faiss(instead):
         note_once(f"without faiss ({error}) {instead}")
         return None
     return faiss
-
-
-def pyplot():
-    """matplotlib's pyplot without a screen, in the style of all our figures; imported late, --help need not wait."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({
-        "axes.prop_cycle": plt.cycler(color=PALETTE),
-        "axes.grid": True,
-        "grid.alpha": 0.3,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 150,
-    })  # fmt: skip
-    return plt
 
 
 # ---- a model -> a feature matrix -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from cplearn_head import loss_lower_bound, prior_floor, prior_loss
+from cplearn_head import least_hard_prior, loss_lower_bound, prior_loss
 from dictionary import nearest_code
 from evaluation.clustering import kmeans_of_scikit_learn
 from monitor import diagnose
@@ -293,7 +293,7 @@ def certificate(h, codes, tau, beta, prior, eps):
     Both views of an image are the image itself, without augmentation, so that invariance is the mean entropy of p; the
     prior is that of the mean p over all N images. `gap` = loss - Lemma 1's bound, in nats; at 0 neither representation
     nor cluster collapse has happened. N < K images with one code each, all different, have `gap_floor`
-    (cplearn_head.prior_floor); p that spreads over codes can have less.
+    (cplearn_head.least_hard_prior); p that spreads over codes can have less.
 
     h: (N, F).  codes: (F, K) of -1 and +1, on the device that computes; cast to h's dtype once (4 F K bytes).
     Never an N x K array: b x K at a time, sums in float64. Also gives the perplexity of the mean p.
@@ -315,7 +315,7 @@ def certificate(h, codes, tau, beta, prior, eps):
         "invariance": invariance,
         "prior": prior_term,
         "gap": loss - loss_lower_bound(num_codes, beta, prior, eps),
-        "gap_floor": prior_floor(num_codes, len(h), prior) - least_prior,
+        "gap_floor": least_hard_prior(num_codes, len(h), prior) - least_prior,
         "mean_perplexity": float(torch.special.entr(mean).sum().exp()),
     }
 
@@ -343,8 +343,8 @@ def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invar
     line = {"spread": statistics["spread"], "rankme": rank, "rankme_max": most, "within_code": tightness}
     if usage is not None:
         line |= {name: usage[name] for name in ("num_codes", "codes_used", "perplexity")}
-        line |= {} if num_images is None else {"images_in_epoch": num_images}
-        line |= {} if invariance is None else {"uniformity": invariance / math.log(usage["num_codes"])}
+        line |= {} if num_images is None else {"images_counted": num_images}
+        line |= {} if invariance is None else {"entropy_share": invariance / math.log(usage["num_codes"])}
     found = [kind for kind, _ in diagnose(line)]
     if "representation" in found:
         found = ["representation"]
@@ -355,7 +355,7 @@ def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invar
         "intracluster": describe_tightness(tightness),
     }
     if "saddle" in found:
-        evidence["saddle"] = f"p is uniform: its entropy is {100 * line['uniformity']:.1f} % of log K"
+        evidence["saddle"] = f"p is uniform: its entropy is {100 * line['entropy_share']:.1f} % of log K"
     unknown = {"cluster"} if usage is None else set()
     unknown |= {"intracluster"} if math.isnan(tightness) else set()
     return {kind: f"{answer(kind, found, unknown)}; {text}" for kind, text in evidence.items()}, found

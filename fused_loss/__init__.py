@@ -59,7 +59,7 @@ def fused_cplearn_loss(
         stay in float32.
     tile: T, codes in a tile; None: chosen from the number of images and views.
     Returns (loss, terms): scalars in nats; unlike there the terms carry no gradient, and where the passes found it
-    there is a third, "assignment": argmax_k of the first view's logits, (B,) int64.
+    there is a fourth, "assignments": argmax_k of the first view's logits, (B,) int64.
     Raises ValueError as there, and for a compute_dtype or tile that cannot be.
     Differentiable once. Where pbar needs no other process the gradient is found in the forward pass, if anything needs
     it; otherwise in the backward pass, because it needs the other processes' means.
@@ -70,8 +70,8 @@ def fused_cplearn_loss(
     loss = _Loss(views, codes, tau, beta, prior, num_global, impl, compute_dtype, tile)
     wanted = torch.is_grad_enabled() and any(h.requires_grad for h in views)
     value, invariance, prior_term, assignment = _FusedLoss.apply(loss, reduce_mean, wanted, *views)
-    terms = {"invariance": invariance, "prior": prior_term}
-    return value, terms | ({} if assignment is None else {"assignment": assignment})
+    terms = {"invariance": invariance, "prior": prior_term, "entropy": loss.entropy()}
+    return value, terms | ({} if assignment is None else {"assignments": assignment})
 
 
 def _check_precision(views, compute_dtype, tile):
@@ -164,6 +164,10 @@ class _Loss:
         """Mean over pairs and images of CE(p_a, p_v), with the same rounded h as in lse."""
         terms = [(self.lse[v] - (self.rows[v] * self.centers[a]).sum(dim=1)).mean() for a, v in self.pairs]
         return sum(terms) / len(terms)
+
+    def entropy(self):
+        """Mean over global views and images of H(p_a)."""
+        return (self.lse - (self.rows * self.centers).sum(dim=2))[: self.num_global].mean()
 
     def prior_term(self, means):
         prior = sum(prior_loss(mean, self.prior, self.num_codes) for mean in means) / self.num_global

@@ -155,7 +155,18 @@ def assert_same_checkpoint(a, b):
 
 
 SPEED = ("images_per_s", "data_wait", "memory_mb")  # what the machine decides
-AVERAGES = ("train_loss", "train_invariance", "train_prior", "train_grad_norm", "gap", "uniformity")
+AVERAGES = (
+    "train_loss",
+    "train_invariance",
+    "train_prior",
+    "train_grad_norm",
+    "train_entropy",
+    "gap",
+    "gap_share",
+    "entropy_share",
+    "information",
+    "batch_perplexity",
+)
 
 
 def logged(folder, without=SPEED):

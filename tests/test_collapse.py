@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, prior_floor, rademacher_codes
+from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, least_hard_prior, rademacher_codes
 from dictionary import Dictionary, hadamard_matrix
 from evaluation import collapse
 from evaluation.clustering import kmeans_of_scikit_learn
@@ -255,7 +255,7 @@ def test_fewer_images_than_codes_leave_a_floor():
     codes = hadamard_matrix(32)
     h = codes[:, :8].T.double()  # 8 images, each on a code of its own
     found = collapse.certificate(h, codes, 0.1, 0.25, "kl", eps=1e-8)
-    assert found["prior"] == pytest.approx(math.log(4)) and found["gap_floor"] == prior_floor(32, 8)
+    assert found["prior"] == pytest.approx(math.log(4)) and found["gap_floor"] == least_hard_prior(32, 8)
     assert collapse.certificate(h, codes, 0.1, 0.25, "ce", eps=1e-8)["gap_floor"] == 0
 
 

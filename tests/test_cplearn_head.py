@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import cplearn_head
 from cplearn_head import (
     CPLearn,
     CPLearnHead,
     code_temperature,
     cplearn_loss,
+    least_hard_prior,
     loss_lower_bound,
     nearest_code,
-    prior_floor,
-    within_code_variance,
 )
 from dictionary import rademacher_codes
 from fused_loss import fused_cplearn_loss
+from monitor import read_together, within_code_variance
 from utils import UserError, all_reduce_mean
 
 B, D, F, K = 12, 20, 24, 37
@@ -161,7 +162,7 @@ def step_on_a_share(rank, prior, scope):
     loss.backward()
     head = objective.module.head
     mean_loss = all_reduce_mean(loss.detach())
-    state = [mean_loss, head.bn.running_mean, head.bn.running_var, objective.module.usage, objective.module.counts]
+    state = [mean_loss, head.bn.running_mean, head.bn.running_var, objective.module.usage, objective.module.recent]
     return [t.double().numpy() for t in state + [p.grad for p in objective.parameters()]]
 
 
@@ -170,7 +171,7 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior):
     one = build(prior, "global")
     loss, _ = one(joined_batch(3))
     loss.backward()
-    state = [loss.detach(), one.head.bn.running_mean, one.head.bn.running_var, one.usage, one.counts]
+    state = [loss.detach(), one.head.bn.running_mean, one.head.bn.running_var, one.usage, one.recent]
     expected = [t.double().numpy() for t in state + [p.grad for p in one.parameters()]]
     for shares in run_in_processes(step_on_a_share, prior, "global"):
         for i, (got, want) in enumerate(zip(shares, expected, strict=True)):
@@ -178,11 +179,14 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, prior):
             np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
-def without_assignment(*args):
+def without_assignments(*args):
     """As the Triton kernels do, which do not look for the highest logit's code."""
     loss, terms = fused_cplearn_loss(*args)
-    del terms["assignment"]
+    del terms["assignments"]
     return loss, terms
+
+
+AVERAGED = ("loss", "invariance", "prior", "entropy")
 
 
 def step_with_sharded_codes(rank, prior, dictionary, num_codes, loss_function):
@@ -193,17 +197,17 @@ def step_with_sharded_codes(rank, prior, dictionary, num_codes, loss_function):
     views = [x[rank * B : (rank + 1) * B] for x in joined_batch(3)]
     loss, _ = wrapped(views)
     loss.backward()
-    statistics = objective.statistics(joined_batch(3)[0], {"loss": 0.0, "invariance": 0.0})
-    objective.before_save()
-    state = [loss.detach(), objective.usage, objective.counts, *(p.grad for p in objective.parameters())]
-    return [t.double().numpy() for t in state], {k: v for k, v in statistics.items() if k != "gap"}
+    objective.share_statistics()
+    statistics = read_together(objective.statistics(joined_batch(3)[0], dict.fromkeys(AVERAGED, 0.5)))
+    state = [loss.detach(), objective.usage, objective.recent, *(p.grad for p in objective.parameters())]
+    return [t.double().numpy() for t in state], statistics
 
 
 @pytest.mark.parametrize(
     ("prior", "dictionary", "num_codes", "loss_function"),
     [
         ("kl", "rademacher", 128, fused_cplearn_loss),
-        ("ce", "rademacher", 64, without_assignment),
+        ("ce", "rademacher", 64, without_assignments),
         ("kl", "hadamard", 96, fused_cplearn_loss),
     ],
 )
@@ -212,8 +216,8 @@ def test_codes_shared_by_two_processes_equal_one(run_in_processes, prior, dictio
     one = CPLearn(CPLearnHead(D, num_codes, F, dictionary=dictionary).double(), 0.3, prior)
     loss, _ = one(joined_batch(3))
     loss.backward()
-    expected = [loss.detach(), one.usage, one.counts, *(p.grad for p in one.parameters())]
-    expected_statistics = one.statistics(joined_batch(3)[0], {"loss": 0.0, "invariance": 0.0})
+    expected = [loss.detach(), one.usage, one.recent, *(p.grad for p in one.parameters())]
+    expected_statistics = read_together(one.statistics(joined_batch(3)[0], dict.fromkeys(AVERAGED, 0.5)))
     for state, statistics in run_in_processes(step_with_sharded_codes, prior, dictionary, num_codes, loss_function):
         for i, (got, want) in enumerate(zip(state, expected, strict=True)):
             tolerance = 1e-5 if i == 1 else 1e-10  # usage is a float32 statistic
@@ -272,13 +276,18 @@ def test_bound_is_reached_by_the_minimiser_and_by_nothing_below(prior):
         assert cplearn_loss([other, other], torch.eye(num_codes), 1.0, beta, prior)[0] > loss
 
 
-def test_prior_floor_is_that_of_distinct_hard_codes():
+def test_least_hard_prior_is_that_of_distinct_hard_codes_and_soft_ones_go_below():
     p = torch.zeros(16, 128, dtype=torch.float64)
     p[torch.arange(16), torch.arange(16)] = 1
     logits = (p + 1e-300).log()
     _, terms = cplearn_loss([logits, logits], torch.eye(128), 1.0)
-    assert terms["prior"].item() == pytest.approx(prior_floor(128, 16), rel=1e-12) == pytest.approx(math.log(8))
-    assert prior_floor(16, 128) == 0
+    assert terms["prior"].item() == pytest.approx(least_hard_prior(128, 16), rel=1e-12) == pytest.approx(math.log(8))
+    assert least_hard_prior(16, 128) == 0
+    soft = torch.full((16, 128), -300.0, dtype=torch.float64)
+    soft[torch.arange(128) // 8, torch.arange(128)] = 0  # eight codes for each image
+    _, terms = cplearn_loss([soft, soft], torch.eye(128), 1.0)
+    assert terms["prior"].item() == pytest.approx(0, abs=1e-9)
+    assert terms["entropy"].item() == pytest.approx(math.log(8))  # what the soft p have more than the hard ones
 
 
 # ---- the checkpoint -------------------------------------------------------------------------------
@@ -384,26 +393,66 @@ def test_head_is_float32_under_autocast():
     assert loss.dtype == torch.float32
 
 
-def test_statistics_of_an_epoch_by_hand():
+def test_statistics_of_the_window_by_hand(monkeypatch):
+    monkeypatch.setattr(cplearn_head, "WINDOW", (20, 20))
     torch.manual_seed(11)
     objective = CPLearn(CPLearnHead(D, K, F))
-    seen, mean = set(), torch.zeros(K)
-    for _ in range(3):
+    codes, mean = [], torch.zeros(K)
+    for _ in range(5):
         features = [torch.randn(B, D) for _ in range(3)]
         loss, terms = objective(features)
         with torch.no_grad():
             p = [objective.head.logits(objective.head(x)).softmax(1) for x in features[:2]]
-        seen |= set(p[0].argmax(1).tolist())
-        mean += (p[0].mean(0) + p[1].mean(0)) / 6
-    averages = {"loss": loss.item(), "invariance": terms["invariance"].item()}
-    numbers = objective.statistics(features[0], averages)
-    assert numbers["codes_used"] == len(seen)
+        codes += p[0].argmax(1).tolist()
+        decay = math.exp(-B / 20)
+        mean = decay * mean + (1 - decay) * (p[0].mean(0) + p[1].mean(0)) / 2
+    averages = {name: value.item() for name, value in terms.items()} | {"loss": loss.item()}
+    numbers = read_together(objective.statistics(features[0], averages))
+    assert 5 * B > 20 and numbers["images_counted"] == 20
+    assert numbers["codes_used"] == len(set(codes[-20:])) != len(set(codes))
+    mean /= mean.sum()
     assert numbers["perplexity"] == pytest.approx(torch.exp(-(mean * mean.log()).sum()).item(), rel=1e-5)
+    assert numbers["within_code"] == pytest.approx(
+        float(within_code_variance(features[0], p[0].argmax(1))), nan_ok=True
+    )
+    entropy = np.mean([-(q * q.log()).sum(1).mean().item() for q in p])
+    prior = np.mean([(q.mean(0) * (K * q.mean(0)).log()).sum().item() for q in p])
+    assert numbers["entropy_share"] == pytest.approx(entropy / math.log(K), rel=1e-5)
+    assert numbers["information"] == pytest.approx(math.log(K) - prior - entropy, rel=1e-4)
+    assert numbers["batch_perplexity"] == pytest.approx(K * math.exp(-prior), rel=1e-5)
     assert numbers["gap"] == pytest.approx(loss.item() - loss_lower_bound(K, 0.25), rel=1e-9)
-    assert numbers["uniformity"] == pytest.approx(terms["invariance"].item() / math.log(K), rel=1e-9)
-    assert objective.usage.sum().item() == pytest.approx(3 * B, rel=1e-5)
-    objective.start_epoch()
-    assert objective.usage.sum() == 0 and objective.counts.sum() == 0
+
+
+@pytest.mark.parametrize(("state", "share"), [("uniform", 1), ("one code", 4), ("bound", 0)])
+def test_the_gap_as_a_share_of_the_better_trivial_state(state, share):
+    """beta 0.25: uniform p, the better trivial state, has the gap beta log K, one code log K, and the bound 0."""
+    p = torch.full((64, 64), 1e-8, dtype=torch.float64)
+    p[torch.arange(64), torch.arange(64) if state == "bound" else 0] = 1 - 63e-8
+    p = torch.full_like(p, 1 / 64) if state == "uniform" else p
+    loss, terms = cplearn_loss([p.log(), p.log()], torch.eye(64), 1.0)
+    objective = CPLearn(CPLearnHead(D, 64, F))
+    objective([torch.randn(B, D), torch.randn(B, D)])
+    averages = {name: value.item() for name, value in terms.items()} | {"loss": loss.item()}
+    numbers = objective.statistics(torch.randn(B, D), averages)
+    assert numbers["gap_share"] == pytest.approx(share, abs=1e-4)
+    assert numbers["information"] == pytest.approx(math.log(64) if state == "bound" else 0, abs=1e-4)
+
+
+def test_an_older_checkpoints_counts_of_an_epoch_are_left_behind():
+    objective = CPLearn(CPLearnHead(D, K, F))
+    objective([torch.randn(B, D), torch.randn(B, D)])
+    state = {k: v for k, v in objective.state_dict().items() if k not in ("recent", "seen")}
+    state |= {"counts": torch.ones(K, dtype=torch.int32), "usage": torch.ones(K)}
+    objective.load_state_dict(state)
+    assert objective.seen == 0 and objective.usage.sum() == 0
+    assert "counts" not in objective.state_dict()
+
+
+def test_beta_above_one_is_said_before_the_first_step():
+    def notes(beta):
+        return [line for line in CPLearn(CPLearnHead(D, K, F), beta).describe() if line.startswith("note: --beta")]
+
+    assert len(notes(1.25)) == 1 and notes(1.0) == []
 
 
 def test_within_code_variance():

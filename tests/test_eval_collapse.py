@@ -11,7 +11,7 @@ from PIL import Image
 import eval_collapse
 import evaluation
 from backbones import build_backbone
-from cplearn_head import CPLearnHead, cplearn_loss, loss_lower_bound, within_code_variance
+from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, loss_lower_bound, within_code_variance
 from evaluation import collapse_figures
 from monitor import rankme
 
@@ -175,7 +175,8 @@ def test_a_checkpoint_that_does_not_say_beta_is_noted(run, folder):
 @pytest.mark.parametrize("eps", [1e-8, 1e-5])
 @pytest.mark.parametrize("activation", ["l2", "tanh"])
 def test_lemma_1_s_eps_is_found_in_the_temperature(eps, activation):
-    head = make_head(eps=eps, activation=activation, batch_size=100, proj_dim=20)
+    head = make_head(activation=activation, batch_size=100, proj_dim=20)
+    head.tau = code_temperature(head.dictionary.num_codes, 20, 100, eps)  # as older heads may have it
     restored = CPLearnHead.from_state_dict(8, head.state_dict(), activation)
     restored.load_state_dict(head.state_dict())
     assert eval_collapse.smallest_probability(restored) == pytest.approx(eps, rel=1e-6)

@@ -117,7 +117,7 @@ def test_terms_are_those_of_the_definition_and_carry_no_gradient():
     views = [h.requires_grad_() for h in views]
     _, expected = cplearn_loss(views, codes, tau)
     _, terms = fused_cplearn_loss(views, codes, tau, tile=TILE)
-    assert terms.keys() == {*expected, "assignment"}
+    assert terms.keys() == {*expected, "assignments"}
     for name, value in expected.items():
         term = terms[name]
         assert not term.requires_grad

@@ -89,7 +89,8 @@ def test_a_run_learns_and_writes_everything(folder, tmp_path, capsys):
     assert epochs[1]["knn_top1"] > 60 and epochs[3]["knn_top1"] > 60  # three colours; chance is 33
     step = next(line for line in lines if line["kind"] == "step")
     assert step["train_loss"] == pytest.approx(0.25 * step["train_invariance"] + step["train_prior"], rel=1e-5)
-    assert step["prior_floor"] == pytest.approx(math.log(64 / BATCH))
+    assert step["least_hard_prior"] == pytest.approx(math.log(64 / BATCH))
+    assert step["information"] == pytest.approx(math.log(64) - step["train_prior"] - step["train_entropy"], rel=1e-5)
     assert 1 <= step["rankme"] <= 2 * BATCH and 0 <= step["data_wait"] <= 1
     names = {p.name for p in tmp_path.iterdir()}
     assert {"checkpoint.pth", "checkpoint0002.pth", "checkpoint0004.pth", "log.txt", "loss.png"} <= names
@@ -150,10 +151,6 @@ def test_schedule_is_dinos():
 
 def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkeypatch):
     run(folder, tmp_path / "whole")
-
-    def end_at_step_17(*args):
-        if args[1] == 17:
-            raise KeyboardInterrupt
 
     original = main_cplearn.train_one_step
     save = main_cplearn.save
@@ -342,7 +339,7 @@ class CountWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("augmentation", ["dino", "small"])
-def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation):
+def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation, monkeypatch):
     changes = {"augmentation": augmentation, "local_crops_number": 2, "local_crops_size": 16}
     built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path, **changes)))
     built.log = main_cplearn.RunLog(tmp_path, 0, 10)
@@ -351,9 +348,14 @@ def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation):
     with CountWaits() as counter:
         features = main_cplearn.train_one_step(built, next(batches), 1)
     assert counter.waits == []
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or tolist(self))
     with CountWaits() as counter:
         main_cplearn.log_step(built, 2, features, main_cplearn.Clock())
-    assert len(counter.waits) > 0  # the counter counts
+    assert counter.waits == [] and len(reads) == 2  # the recorder's numbers, and all others together
+    with CountWaits() as counter:
+        float(torch.ones(()))
+    assert len(counter.waits) == 1  # the counter counts
 
 
 @pytest.mark.slow
@@ -367,7 +369,7 @@ def test_full_disk_leaves_the_old_checkpoint_whole(folder, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6));"
         "main_cplearn.main()"
     )
-    words = flags(folder, tmp_path, epochs=3, allow_changed_flags=True)
+    words = flags(folder, tmp_path, epochs=3, allow_changed_flags=True, save_every_minutes=0)
     result = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -399,7 +401,7 @@ def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsy
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"out_dim": 100_000_001}, "out_dim 100000001"),
+        ({"out_dim": 100_000_000}, "--out_dim 100000000: expected a whole number of at least 2 and below 1e+08"),
         ({"out_dim": 0}, "--out_dim 0"),
         ({"dictionary": "hadamard", "proj_dim": 100}, "nearest orders are 96 and 112"),
         ({"dictionary": "hadamard", "codes_storage": "seed"}, "storage is 'seed'"),
@@ -432,7 +434,7 @@ def test_dino_only_flags_say_why(flag):
 
 def test_command_line_exit_codes(tmp_path):
     code, output = finish(start(["--out_dim", "many", "--output_dir", str(tmp_path)]))
-    assert code == 2 and output.startswith("error: argument --out_dim") and output.count("\n") == 1
+    assert code == 2 and output.startswith("error: --out_dim many: expected a whole number") and output.count("\n") == 1
     code, output = finish(start(["--help"]))
     assert code == 0 and "if code usage falls, lower it" in output
 

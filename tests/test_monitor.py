@@ -22,11 +22,13 @@ from monitor import (
 )
 
 HEALTHY = {
-    "uniformity": 0.4,
+    "entropy_share": 0.8,
+    "batch_perplexity": 200.0,
+    "images_per_mean": 256,
     "perplexity": 300.0,
     "codes_used": 200,
     "num_codes": 512,
-    "images_in_epoch": 50000,
+    "images_counted": 50000,
     "within_code": 0.5,
 }
 
@@ -74,7 +76,10 @@ def test_feature_statistics_against_numpy():
         (gaussian(rank=3), {}, {"dimensional"}),
         (gaussian(), {"perplexity": 2.0}, {"cluster"}),
         (gaussian(), {"codes_used": 2}, {"cluster"}),
-        (gaussian(), {"uniformity": 0.999, "perplexity": 512.0}, {"saddle"}),
+        (gaussian(), {"entropy_share": 0.999, "perplexity": 512.0}, {"saddle"}),
+        (gaussian(), {"batch_perplexity": 60.0}, {"cluster"}),  # below a quarter of 256 images
+        (gaussian(), {"batch_perplexity": 65.0}, set()),
+        (gaussian(), {"batch_perplexity": 3.3, "num_codes": 64}, {"cluster"}),  # of 64 codes
         (gaussian(), {"within_code": 1e-5}, {"intracluster"}),
         (gaussian(), {"within_code": math.nan}, set()),
     ],
@@ -131,6 +136,7 @@ def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
         log.write({"kind": "step", "step": step, "epoch": 0, "train_loss": 2.0 / step, "train_lr": 1e-3,
                    "train_grad_norm": 1.0, "within_code": math.nan, "images_per_s": 5.0, "rankme": 7.0})  # fmt: skip
     log.write({"kind": "epoch", "step": 20, "epoch": 0, "train_loss": 0.1})
+    log.draw()
     log.close()
     read = [json.loads(text, parse_constant=pytest.fail) for text in (tmp_path / "log.txt").read_text().splitlines()]
     assert read[0]["within_code"] is None and read[2]["kind"] == "epoch"
