@@ -262,6 +262,20 @@ def check_same_run(run, state):
         )
 
 
+def refuse_differences(args, images):
+    """Raises UserError, on all processes, where they were given other flags or see other images than rank 0: a folder
+    may be listed late by a network file system, and the processes of several nodes may be started by hand."""
+    own = {"images": len(images), "fingerprint of the images": images.fingerprint}
+    own |= {f"--{name}": value for name, value in vars(args).items() if name not in ("data_path", "num_workers")}
+    all_of_them = [None] * world_size()
+    dist.all_gather_object(all_of_them, own)
+    for other, theirs in enumerate(all_of_them):
+        names = [name for name, value in all_of_them[0].items() if theirs.get(name) != value]
+        if names:
+            what = "; ".join(f"{name} {all_of_them[0][name]} and {theirs.get(name)}" for name in names)
+            raise UserError(f"rank 0 and rank {other} differ: {what}; expected one command and one data set for all")
+
+
 def set_aside(folder):
     """Rename an earlier run's files to *.old1, *.old2, ...: nothing already saved is ever lost."""
     names = [p.name for p in folder.glob("checkpoint*.pth")] + ["log.txt", "loss.png"]

@@ -42,6 +42,7 @@ from checkpoint import (
     find_earlier,
     keep_copy,
     lock_folder,
+    refuse_differences,
     resume,
     save,
     save_last_whole_step,
@@ -601,20 +602,6 @@ def open_val(args, images):
     if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
     return val_images
-
-
-def refuse_differences(args, images):
-    """Raises UserError, on all processes, where they were given other flags or see other images than rank 0: a folder
-    may be listed late by a network file system, and the processes of several nodes may be started by hand."""
-    own = {"images": len(images), "fingerprint of the images": images.fingerprint}
-    own |= {f"--{name}": value for name, value in vars(args).items() if name not in ("data_path", "num_workers")}
-    all_of_them = [None] * world_size()
-    dist.all_gather_object(all_of_them, own)
-    for other, theirs in enumerate(all_of_them):
-        names = [name for name, value in all_of_them[0].items() if theirs.get(name) != value]
-        if names:
-            what = "; ".join(f"{name} {all_of_them[0][name]} and {theirs.get(name)}" for name in names)
-            raise UserError(f"rank 0 and rank {other} differ: {what}; expected one command and one data set for all")
 
 
 @command_line
