@@ -91,7 +91,7 @@ def get_args_parser():
         help="features: CLS tokens of the last n blocks of a ViT (default: 1; 4 with dino, as DINO has it for ViT-S)",
     )  # fmt: skip
     add(
-        "--avgpool_patchtokens", action=utils.Switch, default=False,
+        "--avgpool_patchtokens", type=utils.boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="and the mean of the last block's patch tokens; DINO's ViT-B: this and --n_last_blocks 1",
     )  # fmt: skip
     add(

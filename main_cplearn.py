@@ -75,6 +75,7 @@ from utils import (
     parameter_groups,
     positive,
     rank,
+    reaching_peers,
     seed_everything,
     world_size,
 )
@@ -546,7 +547,9 @@ def wrap(model, device, compiled):
         model.backbone.compile()
     if world_size() == 1:
         return model
-    with warnings.catch_warnings():
+    # gloo's processes have met, nccl's meet here
+    meeting = reaching_peers() if device.type == "cuda" else contextlib.nullcontext()
+    with warnings.catch_warnings(), meeting:
         warnings.simplefilter("ignore", FutureWarning)  # its successor would overwrite the shards of a dictionary
         return DistributedDataParallel(
             model,

@@ -23,11 +23,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import _make_sbatch_string
-
-from utils import ArgumentParser, UserError, command_line
+from utils import (
+    RESTART_COUNT,
+    ArgumentParser,
+    Number,
+    UserError,
+    command_line,
+    not_negative,
+    number_of_environment,
+    positive,
+)
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = (
@@ -62,12 +67,14 @@ exit $code"""
 PREPARE = """\
 export JOB={folder}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
 MAX_REQUEUES={max_requeues}
+LINES_BEFORE=$(cat "$JOB"_0_log.err 2>/dev/null | wc -l)
 rm -f "$JOB"_*_end.txt "$JOB"_*_result.pkl  # of an earlier start"""
 
 # And after srun, whose own exit code is not enough: when one process ends, SLURM ends the others by SIGTERM, and the
-# highest code wins. 0: done; 1, 2: an error of its own; 130, 143: stopped by SIGINT, SIGTERM; 140: saved because of
-# SIGUSR2 (time limit, preemption), or with bash's words for it: died of it, nothing was saved; 75: ended through no
-# fault of its own; 134 to 139: killed, or crashed.
+# highest code wins. 0: done; 1, 2: an error of its own, unless a process was killed first, which the others may have
+# met as an error; 130, 143: stopped by SIGINT, SIGTERM; 140: saved because of SIGUSR2 (time limit, preemption), or with
+# bash's words for it: died of it, nothing was saved; 75: ended through no fault of its own; 134 to 139: killed, or
+# crashed. Where no process left a code, none began, and srun says why.
 COME_BACK = """\
 code=$?
 said() {  # what rank $1 said last in this start
@@ -83,14 +90,17 @@ own=$(cat "$JOB"_*_end.txt 2>/dev/null | grep "^[12] " | head -n 1)
 first=$(cat "$(ls -tr "$JOB"_*_end.txt 2>/dev/null | head -n 1)" 2>/dev/null)  # the one whose end ended the others
 again=
 if [ $code = 0 ]; then why="done"
-elif [ -n "$own" ]; then code=${own% *}; why="an error of its own, rank ${own#* }: $(said ${own#* })"
+elif [[ $own && ! ${first% *} =~ ^13[4-9]$ ]]; then
+  code=${own% *}; why="an error of its own, rank ${own#* }: $(said ${own#* })"
 elif [[ $state == *JobState=* && $state != *JobState=RUNNING* ]]; then why="cancelled, or requeued by SLURM itself"
 elif saved; then again=1; why="saved on SIGUSR2"
 elif [[ $state =~ PreemptTime=[0-9] ]]; then again=1; why="preempted"
 elif [[ " $code ${first% *} " =~ " "(75|13[4-9]|140)" " ]]; then
   why="failure $((failures + 1)) of at most $MAX_REQUEUES${first:+, rank ${first#* }: $(said ${first#* })}"
   [ $failures -ge $MAX_REQUEUES ] || again=1
-else why="stopped"; fi
+else why="stopped${first:+, rank ${first#* }}"; fi
+[ $code = 0 ] || [ "$first" ] || srun=$(tail -n +$((LINES_BEFORE + 1)) "$JOB"_0_log.err 2>/dev/null | tail -n 1)
+why=$why${srun:+: $srun}
 echo "$(date +%FT%T) exit code $code: ${again:+requeued, }$why" >> "$JOB"_requeues.txt
 if [ $again ]; then  # while slurmctld is away, try for ten minutes
   for _ in {1..60}; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done
@@ -107,19 +117,28 @@ def get_args_parser():
         help="local: on this machine, and wait for it; debug: one process, in this one")  # fmt: skip
     add("--dry_run", action="store_true", help="print the batch script and the script's command line; write nothing")
     add = parser.add_argument_group("where").add_argument
-    add("--nodes", type=int, default=1, help="number of machines")
-    add("--ngpus", type=int, default=8, help="processes per node, one GPU each; none is asked for with --device cpu")
-    add("--timeout", type=int, default=None, metavar="MIN", help="time limit of each start (default: the partition's)")
+    add("--nodes", type=positive(int), default=1, help="number of machines")
+    add("--ngpus", type=positive(int), default=8,
+        help="processes per node, one GPU each; none is asked for with --device cpu")  # fmt: skip
+    add("--timeout", type=positive(int), default=None, metavar="MIN",
+        help="time limit of each start (default: the partition's)")  # fmt: skip
     for flag in ("--partition", "--account", "--qos", "--constraint", "--exclude", "--comment"):
         add(flag, default=None, help="as in sbatch")
     add("--gres", default=None, help="as in sbatch; replaces the request of --ngpus GPUs per node")
-    add("--cpus_per_task", type=int, default=None, help="also the number of data workers, unless that is given")
-    add("--mem_gb", type=int, default=None, help="per node")
+    add(
+        "--cpus_per_task",
+        type=positive(int),
+        default=None,
+        help="also the number of data workers, unless that is given",
+    )
+    add("--mem_gb", type=positive(int), default=None, help="per node")
     add("--job_name", default=None, help="(default: the script's name)")
     add("--setup", nargs="+", default=[], metavar="LINE", help="shell lines before all else: 'module load cuda'")
     add = parser.add_argument_group("coming back").add_argument
-    add("--signal_delay_s", type=int, default=120, help="save and requeue so long before the time limit, at least 30")
-    add("--max_requeues", type=int, default=5, help="starts after a failure; time limits and preemptions do not count")
+    add("--signal_delay_s", type=Number(int, least=30), default=120,
+        help="save and requeue so long before the time limit; SLURM's clock is coarse")  # fmt: skip
+    add("--max_requeues", type=not_negative(int), default=5,
+        help="starts after a failure; time limits and preemptions do not count")  # fmt: skip
     parser.epilog = "All flags of the script are taken too: python main_cplearn.py --help."
     return parser
 
@@ -138,23 +157,26 @@ def main(argv=None):
         sys.exit(max(run_locally(args, folder, *job) for job in zip(tasks, runs, strict=True)))
     else:
         check_slurm(args, folder)
+        need_submitit()
         report(folder, submit(args, folder, tasks, runs), tasks)
 
 
 def check_flags(args):
-    for name in ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected a number of at least 1")
-    if args.max_requeues < 0:
-        raise UserError(f"--max_requeues {args.max_requeues}: expected a number of at least 0")
-    if args.signal_delay_s < 30 or (args.timeout and args.signal_delay_s >= 60 * args.timeout):
+    if args.timeout and args.signal_delay_s >= 60 * args.timeout:
         raise UserError(
-            f"--signal_delay_s {args.signal_delay_s}: expected at least 30 seconds, and less than --timeout's "
-            f"{args.timeout or 'any'} minutes; saving takes time, and SLURM's clock is coarse"
+            f"--signal_delay_s {args.signal_delay_s}: expected less than --timeout's {args.timeout} minutes"
         )
     if args.cluster != "slurm" and args.nodes > 1:
         raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} is this machine alone; expected 1")
+
+
+def need_submitit():
+    """Imported where it is used: --help, every check of flags, and --cluster debug do without. Raises UserError."""
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; it hands jobs to SLURM: pip install -r requirements.txt") from None
+    return submitit
 
 
 # ---- what is to run --------------------------------------------------------------------------------------------------
@@ -168,7 +190,7 @@ class Task:
     words: list
 
     def __call__(self):
-        env = submitit.JobEnvironment()
+        env = need_submitit().JobEnvironment()
         os.environ.update(rendezvous(env))
         # submitit's handlers; until training has its own, and in evaluations, there is nothing to save
         for number in (signal.SIGUSR2, signal.SIGTERM):
@@ -184,7 +206,7 @@ def rendezvous(env):
     """What torchrun would have set, and a port that no earlier start of this job has used (nor the job beside it).
 
     env: submitit's description of the job. Ports: 10000 to 29999, below those that Linux hands out by itself."""
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    restarts = number_of_environment("SLURM_RESTART_COUNT")
     return {
         "RANK": str(env.global_rank),
         "WORLD_SIZE": str(env.num_tasks),
@@ -192,15 +214,20 @@ def rendezvous(env):
         "LOCAL_WORLD_SIZE": str(env.num_tasks // env.num_nodes),
         "MASTER_ADDR": env.hostnames[0],
         "MASTER_PORT": str(10_000 + (101 * int(env.raw_job_id) + restarts) % 20_000),
+        RESTART_COUNT: str(restarts),
     }
 
 
 def plan(args, words):
-    """-> folder of the job files, the tasks (one per value of a sweep), their flags as the script itself reads them."""
+    """-> folder of the job files, the tasks (one per value of a sweep), their flags as the script itself reads them.
+
+    A job that asks for GPUs must use them: where no --device was given it is cuda, not auto."""
     parser = importlib.import_module(args.script).get_args_parser()
     known = {name for action in parser._actions for name in action.option_strings}
     if args.cpus_per_task and "--num_workers" in known and not any(w.startswith("--num_workers") for w in words):
         words = [*words, "--num_workers", str(args.cpus_per_task)]
+    if args.cluster == "slurm" and not any(w.partition("=")[0] == "--device" for w in words):
+        words = [*words, "--device", "cuda"]
     every = sweep(args, words, known) if args.array else [words]
     folder = parser.parse_args(every[0]).output_dir
     if folder is None:
@@ -230,13 +257,25 @@ def run_name(flag, value):
 
 def submit(args, folder, tasks, runs):
     """-> submitit's jobs: one, or those of a job array."""
+    submitit = need_submitit()
+    failures = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
     executor = submitit.SlurmExecutor(folder, python=python_command())
     executor.update_parameters(**batch_parameters(args, folder, runs[0]))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with without_this_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return executor.submit_array(tasks)
-    except (FailedJobError, FailedSubmissionError) as error:
+    except failures as error:
         raise UserError(f"nothing was submitted: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def without_this_job():
+    """The environment without the variables of a job in which the launcher itself may be: sbatch hands all of them on,
+    and SLURM takes those of another job's memory, CPUs or restarts for the new one's. What a user sets stays."""
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
+    with need_submitit().helpers.clean_env(extra_names=(RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT")):
+        os.environ.update(kept)
+        yield
 
 
 def batch_parameters(args, folder, run):
@@ -256,7 +295,8 @@ def batch_parameters(args, folder, run):
         "gpus_per_node": None if args.gres else num_gpus(args, run) or None,
         "signal_delay_s": args.signal_delay_s,
         "setup": setup_lines(args) + PREPARE.format(folder=quoted, max_requeues=args.max_requeues).splitlines(),
-        "srun_args": ["--kill-on-bad-exit=1", *cpus],
+        # --wait=0: rank 0 of an evaluation works on when the others have ended, for longer than a site's WaitTime
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=0", *cpus],
         "teardown": COME_BACK.splitlines(),
         "additional_parameters": {"requeue": True, **given},
         "wckey": None,  # submitit's own, which some clusters refuse
@@ -280,7 +320,7 @@ def setup_lines(args):
 
 def run_locally(args, folder, task, run):
     """Run it on this machine, wait for its end; returns the highest exit code of its processes."""
-    executor = submitit.LocalExecutor(folder, python=python_command())
+    executor = need_submitit().LocalExecutor(folder, python=python_command())
     executor.update_parameters(
         tasks_per_node=args.ngpus,
         gpus_per_node=num_gpus(args, run),
@@ -309,7 +349,8 @@ def describe(args, folder, tasks, runs):
         command = f"{python_command()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         count = len(tasks) if len(tasks) > 1 else None
         parameters = batch_parameters(args, folder, runs[0])
-        lines.insert(0, _make_sbatch_string(command, folder, map_count=count, **parameters) + "\n")
+        script = need_submitit().slurm.slurm._make_sbatch_string(command, folder, map_count=count, **parameters)
+        lines.insert(0, script + "\n")
     return "\n".join(lines)
 
 

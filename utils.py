@@ -2,6 +2,7 @@
 errors and flags, the process group, collectives, batch norm over processes, seeds, schedules, precision."""
 
 import argparse
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -9,9 +10,11 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 UNFINISHED = 75  # exit code: no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
+UNREADABLE = (AttributeError, OSError, ValueError)  # of a stream that is absent or closed, or that nobody reads
 
 
 class UserError(Exception):
@@ -44,6 +48,12 @@ class RunFailed(UserError):
     """Nothing was mistyped, and the run cannot go on: one line as well."""
 
     exit_code = 1
+
+
+class TryAgain(RunFailed):
+    """Another start may cure it, as that of a job that comes back does."""
+
+    exit_code = UNFINISHED
 
 
 class Stopped(SystemExit):
@@ -130,60 +140,82 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{flag_first}; see {self.prog} --help")
 
 
-class Switch(argparse.BooleanOptionalAction):
-    """--x / --no-x, and DINO's spelling: --x true, --x false."""
-
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, dest, **options)
-        self.nargs, self.metavar = "?", "BOOL"
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        answers = {None: True, "true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
-        value = value if value is None else value.lower()
-        if value not in answers:
-            raise argparse.ArgumentError(self, f"{value!r}: expected true or false")
-        setattr(namespace, self.dest, answers[value] != option_string.startswith("--no-"))
+def boolean(text):
+    """argparse's `type=`, with nargs="?" and const=True: --x, and DINO's spelling, --x true and --x false."""
+    answers = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+    if text.lower() not in answers:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)}: expected true or false")
+    return answers[text.lower()]
 
 
 def command_line(main):
-    """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code, a lost peer UNFINISHED."""
+    """Decorate a script's `main`: a UserError becomes one line on stderr and its exit code, a lost peer UNFINISHED.
+
+    An error of one process of several is everybody's: it is printed before all else, and the process leaves without
+    taking the process group apart, for nccl's end waits for peers, who wait in a collective for this process. The
+    launcher sees the exit code and ends the peers."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal's encoding has no sign for
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            print_error(error)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            print_error(f"a peer is lost: {' '.join(str(error).split())[:200]}; its own log says why; start again")
-            leave(UNFINISHED)  # the process group is broken: leaving it in order would wait for the dead
-        except Stopped as stopped:
-            leave(stopped.code)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            result = main(*args, **kwargs)
+        except BaseException as error:
+            if world_size() > 1 or isinstance(error, Stopped):
+                leave(tell(error))
+            close_group()
+            if isinstance(error, UserError | KeyboardInterrupt):
+                sys.exit(tell(error))
+            raise
+        close_group()
+        return result
 
     return run
+
+
+def tell(error):
+    """Print what has ended this process; returns its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    if isinstance(error, UserError):
+        print_error(error)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print_error("interrupted")
+        return 128 + signal.SIGINT
+    if is_lost_peer(error):
+        print_error(f"a peer is lost: {one_line(error)}; its own log says why; start again")
+        return UNFINISHED
+    with contextlib.suppress(*UNREADABLE):
+        traceback.print_exception(error)
+    print_error(f"{type(error).__name__}: {one_line(error, 400)}")  # one line for who reads logs of many processes
+    return 1
+
+
+def close_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def leave(code):
     """End this process here and now: to take torch apart costs seconds that a scheduler may not give."""
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(*UNREADABLE):
+            stream.flush()
     os._exit(code)
 
 
 def print_error(error):
     # every rank meets the same bad flag; only a multi-process run needs to know which one speaks
-    who = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error{who}: {error}", file=sys.stderr, flush=True)
+    own_rank = os.environ.get("RANK", "?") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    own_rank = rank() if world_size() > 1 else own_rank
+    who = "" if own_rank is None else f" (rank {one_line(own_rank, 20)})"
+    with contextlib.suppress(*UNREADABLE):
+        print(f"error{who}: {error}", file=sys.stderr, flush=True)
 
 
 def make_folder(folder, flag="--output_dir"):
@@ -211,22 +243,69 @@ def init_distributed(device="auto"):
     One process without torchrun is a group of size one, so that there is one path. Under torchrun or SLURM the usual
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read. CUDA tensors go by nccl, CPU tensors by gloo.
 
-    device: "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu". Raises UserError for a device that is not there.
+    device: "auto" (cuda, else mps, else cpu), "cuda", "mps" or "cpu". Raises UserError for a device that is not there
+    and for variables that do not fit together, RunFailed where the processes cannot reach each other.
     """
+    own_rank, size = place_in_group()
     device = choose_device(device)
     if dist.is_initialized():
         return device
+    if size > 1 and device.type == "mps":
+        raise UserError(f"--device mps: {size} processes were started, Apple's GPU serves one; use --device cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and device.type == "mps":
-        raise UserError(f"--device mps: {world_size} processes were started, Apple's GPU serves one; use --device cpu")
-    if "RANK" in os.environ:
-        store, own_rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return device
+    with reaching_peers():
+        store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
         store = dist.PrefixStore(name_of_this_start(store, own_rank, size), store)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun and run_with_submitit.py set
+
+
+def place_in_group():
+    """This process's rank and the number of processes, by the environment: 0 and 1 where it says neither."""
+    there = [name for name in PLACE if name in os.environ]
+    if "RANK" not in there and "WORLD_SIZE" not in there:
+        return 0, 1
+    if len(there) < len(PLACE):
+        raise UserError(
+            f"the environment has {', '.join(there)} and no {', '.join(n for n in PLACE if n not in there)}: start "
+            "several processes by torchrun, which sets all of them; for one process: unset RANK WORLD_SIZE"
+        )
+    size = number_of_environment("WORLD_SIZE", least=1)
+    number_of_environment("MASTER_PORT", least=1, most=65535)
+    return number_of_environment("RANK", most=size - 1), size
+
+
+def number_of_environment(name, default="0", least=0, most=None):
+    try:
+        return Number(int, least=least, most=most)(os.environ.get(name, default))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}={error}; torchrun sets it; left over from another program? then unset it") from None
+
+
+@contextlib.contextmanager
+def reaching_peers():
+    """Inside, processes meet for the first time. What fails then is the network or its settings, as a rule: to start
+    again would not help, unless it is a port that another program has for now."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            raise TryAgain(f"MASTER_PORT {port}: the port is in use on {socket.gethostname()}; give another") from None
+        if not is_lost_peer(error):
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunFailed(
+            f"the processes do not reach each other at the start: {one_line(error, 160)}; if none of them has ended by "
+            f"itself, see that {address} can be reached, and name the interface between the nodes (`ip -brief address` "
+            "lists them) by GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from None
 
 
 def name_of_this_start(store, own_rank, size):
@@ -253,6 +332,7 @@ def name_of_this_start(store, own_rank, size):
 
 
 def choose_device(name):
+    """ "auto", "cuda", "mps" or "cpu" -> torch.device, on CUDA this process's own. Raises UserError."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -260,17 +340,45 @@ def choose_device(name):
     }
     if name == "auto":
         name = next(n for n, there in available.items() if there)
+        if name == "cpu":
+            refuse_unused_gpu()
     if not available[name]:
         raise UserError(f"--device {name}: not available here; available: {[n for n, ok in available.items() if ok]}")
-    if name == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK {local_rank}: this node has {torch.cuda.device_count()} GPUs; lower --nproc_per_node"
-            )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
+
+
+def own_gpu(count):
+    """The index of this process's GPU among the `count` that it sees."""
+    local_rank, processes = (number_of_environment(f"LOCAL_{name}") for name in ("RANK", "WORLD_SIZE"))
+    if count == 1 and processes > 1:  # clusters may show each process its own GPU only
+        return 0
+    if local_rank >= count:
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this process sees {count} GPUs (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', '')}); start fewer processes on this node (--nproc_per_node)"
+        )
+    return local_rank
+
+
+NVIDIA_DRIVER, DEVICES = Path("/proc/driver/nvidia"), Path("/dev")  # containers may see the first without a GPU
+
+
+def refuse_unused_gpu():
+    """Hours on a CPU, beside a GPU that torch cannot use, are nobody's wish. Raises UserError."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+    if hidden or not NVIDIA_DRIVER.exists() or not any(DEVICES.glob("nvidia[0-9]*")):
+        return
+    built = torch.version.cuda
+    why = f"is built for CUDA {built}: is the driver older?" if built else "is built for CPUs only"
+    raise UserError(
+        f"--device auto: this machine has an NVIDIA GPU that torch cannot use; torch {torch.__version__} {why} "
+        "`nvidia-smi` shows the driver's CUDA; install that wheel of the same torch or a newer driver, or go on by "
+        "--device cpu"
+    )
 
 
 def is_lost_peer(error):
@@ -279,23 +387,37 @@ def is_lost_peer(error):
 
 
 def on_rank_zero(function, *args):
-    """Call it on rank 0 alone; returns None elsewhere. A UserError of its is raised on all: nobody waits for rank 0."""
-    result, said = None, [None]
+    """Call it on rank 0 alone; returns None elsewhere. What it raises ends all processes with one exit code: nobody
+    waits for rank 0, or takes it for lost. An OSError is one line."""
+    result, failure, told = None, None, [None]
     if rank() == 0:
         try:
             result = function(*args)
-        except UserError as error:
-            said = [str(error)]
+        except Exception as error:
+            failure = RunFailed(error) if isinstance(error, OSError) else error
+            told = [(getattr(failure, "exit_code", 1), str(failure) if isinstance(failure, UserError) else
+                     f"rank 0: {type(failure).__name__}: {failure}")]  # fmt: skip
     if world_size() > 1:
-        dist.broadcast_object_list(said)
-    if said[0] is not None:
-        raise UserError(said[0])
+        dist.broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[0] is not None:
+        code, line = told[0]
+        failure = UserError(line)
+        failure.exit_code = code
+        raise failure
     return result
 
 
+# run_with_submitit.py sets it in the processes of its jobs. SLURM_RESTART_COUNT itself is also seen by whatever is
+# started from a shell of a job that was requeued, another job's first start included.
+RESTART_COUNT = "CPLEARN_RESTART_COUNT"
+
+
 def is_restart():
-    """Whether torchrun or SLURM has started this command again, so that it means to go on."""
-    return any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    """Whether torchrun or run_with_submitit.py has started this command again, so that it means to go on."""
+    names = (RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT") if "RANK" in os.environ else (RESTART_COUNT,)
+    return any(number_of_environment(name) for name in names)
 
 
 def rank():
@@ -307,7 +429,10 @@ def world_size():
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """y = sum over processes of x. Every process's loss depends on y, so dL/dx is the sum of all dL/dy."""
+    """y = sum over processes of x. Every process's loss depends on y, so dL/dx is the sum of all dL/dy.
+
+    By hand, for torch.distributed.nn.functional.all_reduce is deprecated from torch 2.14 on, and what it names instead
+    is private."""
 
     @staticmethod
     def forward(ctx, x):
@@ -332,25 +457,33 @@ def all_gather_rows(x):
     """(n, ...) on each process, equal n -> (n * world_size, ...) in rank order, without gradient."""
     if world_size() == 1:
         return x.detach()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+    rows = x.new_empty(world_size(), *x.shape)
+    # into views of one tensor: all_gather_into_tensor is deprecated from torch 2.14 on, its successor newer than 2.11
+    dist.all_gather(list(rows.unbind()), x.detach().contiguous())
+    return rows.flatten(0, 1)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the joined batch of all processes, on any device and for any (B, C, ...) input.
 
-    torch.nn.SyncBatchNorm refuses CPU tensors; this one is the same code everywhere, so what the tests check on CPU is
-    what runs on GPUs. Equal batch sizes on all processes are assumed (loaders drop the last short batch).
+    On CUDA the forward pass is torch.nn.SyncBatchNorm's, whose kernels are fused. That class refuses CPU tensors, and
+    DistributedDataParallel every subclass of it on a CPU: there `_normalise` is the same in plain operations.
+    Equal batch sizes on all processes are assumed (loaders drop the last short batch).
     Parameter and buffer names are torch's.
     """
+
+    process_group = None  # torch's forward pass reads it: all processes
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def _check_input_dim(self, x):
         if x.dim() < 2:
             raise ValueError(f"expected (B, C, ...), got shape {tuple(x.shape)}")
 
     def forward(self, x):
-        x = self._normalise(x) if self.training and world_size() > 1 else super().forward(x)
+        if x.is_cuda:
+            x = nn.SyncBatchNorm.forward(self, x)
+        else:
+            x = self._normalise(x) if self.training and world_size() > 1 else super().forward(x)
         # timm's BatchNormAct2d carries what follows the norm
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
@@ -470,4 +603,10 @@ def choose_precision(precision, device):
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16():
+    """Whether oneDNN multiplies bf16 on this CPU. Its operator is private: builds without oneDNN do not have it."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if torch.backends.mkldnn.is_available() else None
+    return ask is not None and ask()

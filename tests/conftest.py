@@ -1,6 +1,8 @@
 """What tests of several modules share: a run of a function in several gloo processes."""
 
+import contextlib
 import os
+import queue
 
 import pytest
 import torch
@@ -29,12 +31,26 @@ def run_in_processes(tmp_path):
         for worker in workers:
             worker.start()
         gathered = {}
-        for _ in workers:
-            rank, value, error = results.get(timeout=120)
-            assert error is None, error
-            gathered[rank] = value
-        for worker in workers:
-            worker.join(timeout=30)
+        try:
+            for _ in workers:
+                rank, value, error = next_result(results, workers)
+                assert error is None, error
+                gathered[rank] = value
+            for worker in workers:
+                worker.join(timeout=30)
+        finally:
+            for worker in workers:
+                worker.kill()
         return [gathered[r] for r in range(world_size)]
 
     return run
+
+
+def next_result(results, workers, seconds=120):
+    """What the next process sends; one that ended without a word (`utils.leave`) is not waited for."""
+    for _ in range(seconds):
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=1)
+        ended = [worker.exitcode for worker in workers]
+        assert not any(ended), f"exit codes {ended}; what the process printed says why"
+    raise AssertionError(f"no result within {seconds} s")

@@ -8,10 +8,13 @@ Processes are forked from one that has torch and main_cplearn in memory: importi
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -56,10 +59,11 @@ def flags(folder, output_dir, processes=1, **changes):
     return words
 
 
-def launch(words, where, processes=1, faults=None):
-    """Run main_cplearn.main(words) in `processes` processes; returns the Job.
+def launch(words, where, processes=1, faults=None, start_method="fork", script="main_cplearn"):
+    """Run main(words) of `script` in `processes` processes; returns the Job.
 
-    where: folder for what they print. faults: {rank: function called in that process before main}."""
+    where: folder for what they print. faults: {rank: function called in that process before main}.
+    start_method: of the data workers; on Linux Python's own is fork before 3.14, and forkserver from then on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "main_cplearn", "matplotlib.pyplot"])
     output = Path(where) / f"output_{time.monotonic_ns()}.txt"
@@ -70,14 +74,15 @@ def launch(words, where, processes=1, faults=None):
     for rank in range(processes):
         env = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
         fault = (faults or {}).get(rank)
-        workers.append(context.Process(target=_run, args=(list(map(str, words)), env, str(output), fault)))
+        command = (script, list(map(str, words)), env, str(output), fault, start_method)
+        workers.append(context.Process(target=_run, args=command))
         workers[-1].start()
     return Job(workers, output)
 
 
-def _run(words, env, output, fault):
+def _run(script, words, env, output, fault, start_method):
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in the command
+    multiprocessing.set_start_method(start_method, force=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -86,7 +91,7 @@ def _run(words, env, output, fault):
     if fault is not None:
         fault()
     print(f"process {os.getpid()} begins", flush=True)
-    main_cplearn.main(words)
+    importlib.import_module(script).main(words)
 
 
 class Job:
@@ -130,12 +135,33 @@ class Job:
             worker.join()
 
 
-def run_to_end(words, where, processes=1, faults=None):
-    """Returns what was printed by a run that must end well."""
-    job = launch(words, where, processes, faults)
+def run_to_end(words, where, processes=1, **options):
+    """Returns what was printed by a run that must end well. options: `launch`'s."""
+    job = launch(words, where, processes, **options)
     codes = job.wait()
     assert codes == [0] * processes, job.output()
     return job.output()
+
+
+@contextlib.contextmanager
+def torchrun(words, path, restarts=0, script=ROOT / "main_cplearn.py"):
+    """A real torchrun of two processes, whose output goes to `path`; whatever still runs at the end is killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               f"--max-restarts={restarts}", str(script), *words]  # fmt: skip
+    with open(path, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        yield process
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:  # those of torchrun have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def descendants(pid):
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [one for child in children for one in (*descendants(child), int(child))]
 
 
 def tensors(state, prefix=""):

@@ -227,7 +227,7 @@ def test_no_resume_keeps_the_earlier_run(folder, tmp_path):
 
 def test_a_restart_by_the_launcher_goes_on_whatever_no_resume_says(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, epochs=1)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("CPLEARN_RESTART_COUNT", "1")
     assert run(folder, tmp_path, epochs=1, **{"no-resume": True}) == 12
     assert not list(tmp_path.glob("*.old*"))
 

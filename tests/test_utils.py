@@ -11,10 +11,10 @@ from torch import nn
 from utils import (
     Agreement,
     ArgumentParser,
-    Switch,
     UserError,
     all_gather_rows,
     all_reduce_mean,
+    boolean,
     command_line,
     convert_sync_batchnorm,
     is_lost_peer,
@@ -153,8 +153,9 @@ def test_every_start_has_a_name_of_its_own_though_the_store_remembers_the_last(t
     assert meet(store, 1)[0] not in (first[0], second[0])
 
 
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "CPLEARN_RESTART_COUNT"])
 def test_a_restart_is_known(monkeypatch, name):
+    monkeypatch.setenv("RANK", "0")
     assert not is_restart()
     monkeypatch.setenv(name, "0")
     assert not is_restart()
@@ -162,15 +163,22 @@ def test_a_restart_is_known(monkeypatch, name):
     assert is_restart()
 
 
+def test_the_count_of_another_job_is_not_believed(monkeypatch):
+    """A shell of a job that was requeued hands these on, to a job that it submits as well."""
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "3")
+    assert not is_restart()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [([], False), (["--pool"], True), (["--no-pool"], False), (["--pool", "true"], True), (["--pool", "False"], False),
-     (["--pool", "1"], True), (["--no-pool", "true"], False), (["--pool", "--other", "3"], True)],
+    [([], False), (["--pool"], True), (["--pool", "true"], True), (["--pool", "False"], False), (["--pool=1"], True),
+     (["--pool", "--other", "3"], True)],
 )  # fmt: skip
-def test_a_switch_takes_dino_s_spelling(words, expected):
+def test_a_boolean_takes_dino_s_spelling(words, expected):
     parser = ArgumentParser("x.py", "")
-    parser.add_argument("--pool", action=Switch, default=False, help="average")
+    parser.add_argument("--pool", type=boolean, nargs="?", const=True, default=False, help="average")
     parser.add_argument("--other", type=int)
     assert parser.parse_args(words).pool is expected
-    with pytest.raises(UserError, match=r"--pool.*'maybe': expected true or false"):
+    with pytest.raises(UserError, match=r"--pool.*maybe: expected true or false"):
         parser.parse_args(["--pool", "maybe"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -82,8 +83,57 @@ def test_standstill_shows_the_stack_and_ends():
     assert "no progress for 1 s at step 7" in errors and "in stuck_here" in errors
 
 
-def test_progress_a_pause_and_no_first_step_keep_a_process_alive():
-    body = "time.sleep(1.5); w.progress(7); [(time.sleep(0.1), w.progress(7)) for _ in range(15)]"
+def test_standstill_before_the_first_step_ends_too():
+    code, _, errors = end(start("stuck_here()", patience=1))
+    assert code == UNFINISHED and "no progress for 1 s before the first step" in errors
+
+
+STUCK_LOADER = """
+import ctypes, time
+import watch
+watch.FAREWELL_S = 0.1
+def batches():
+    yield 1
+    yield 2
+    time.sleep({pause})
+with watch.Watch((), patience=1, unit="batch") as w:
+    for batch in w.over(batches()):
+        pass
+    time.sleep(1.5)
+print("left in order")
+"""
+
+
+@pytest.mark.parametrize("pause, code", [(0, 0), (100, UNFINISHED)])
+def test_a_loader_that_gives_no_batch_ends_an_evaluation(pause, code):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK_LOADER.format(pause=pause)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert ("no progress for 1 s at batch 2" in done.stderr) == (pause > 0) != ("left in order" in done.stdout)
+
+
+def test_a_watch_in_another_thread_leaves_signals_alone(capsys):
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with Watch((signal.SIGTERM,), patience=60) as watch:
+            seen.append((signal.getsignal(signal.SIGTERM), watch.signals))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    assert seen == [(before, [])] and "not in the main thread" in capsys.readouterr().out
+
+
+def test_a_watch_without_signals_leaves_them_to_the_one_around_it():
+    with Watch((signal.SIGUSR2,)) as outer, Watch((), patience=60):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        wait_until(lambda: outer.signals == [signal.SIGUSR2])
+
+
+def test_progress_and_a_pause_keep_a_process_alive():
+    body = "time.sleep(0.5); w.progress(7); [(time.sleep(0.1), w.progress(7)) for _ in range(15)]"
     body += "\n    with w.paused(): time.sleep(2.5)\n    time.sleep(0.3)"
     code, output, errors = end(start(body, patience=1))
     assert code == 0 and output == "left in order []\n", errors

@@ -31,6 +31,15 @@ def hang():
         time.sleep(3600)
 
 
+def fail(error):
+    raise error
+
+
+def close_the_group_slowly():
+    """As nccl's may: its end waits for peers, who wait in a collective."""
+    replace("torch.distributed.destroy_process_group", lambda close: lambda *args: (time.sleep(60), close(*args)))
+
+
 def send(number):
     os.kill(os.getpid(), number)
 

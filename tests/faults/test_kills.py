@@ -1,11 +1,9 @@
 """Processes that die without a word, anywhere: the same command again ends where the undisturbed run ends."""
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 
@@ -13,7 +11,7 @@ import pytest
 from injection import at_call, cut_power, die, die_while_writing, replace, set_clock_back, watch_fsync
 
 from checkpoint import load_checkpoint
-from runs import ROOT, STEPS, TIMEOUT, assert_same_run, flags, logged, run_to_end
+from runs import STEPS, TIMEOUT, assert_same_run, flags, logged, run_to_end, torchrun
 from utils import UNFINISHED
 
 pytestmark = pytest.mark.slow
@@ -117,26 +115,6 @@ def set_clock_back_and_count_saves(path):
 
 
 # ---- torchrun --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def torchrun(words, path, restarts):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               f"--max-restarts={restarts}", str(ROOT / "main_cplearn.py"), *words]  # fmt: skip
-    with open(path, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        yield process
-    finally:
-        for pid in [*descendants(process.pid), process.pid]:  # those of torchrun have sessions of their own
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
-def descendants(pid):
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    return [one for child in children for one in (*descendants(child), int(child))]
 
 
 def workers(pid):
