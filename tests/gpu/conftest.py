@@ -47,7 +47,7 @@ def trained(device, pictures, tmp_path_factory):
         key = tuple(sorted((name, str(value)) for name, value in changes.items()))
         if key not in known:
             known[key] = tmp_path_factory.mktemp("run")
-            words = flags(pictures, known[key], **{"device": device} | changes)
+            words = flags(pictures, known[key], **{"device": device, "epochs": 2} | changes)
             run_to_end(words, tmp_path_factory.mktemp("output"))
         return known[key]
 

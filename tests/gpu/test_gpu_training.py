@@ -17,23 +17,25 @@ from runs import ROOT, assert_same_checkpoint, flags, launch, run_to_end, tensor
 from watch import Watch
 
 SIGUSR2 = 12
+VIT = {"arch": "vit_tiny", "patch_size": 8, "width": None}
 FEW = {"max_steps": 10, "warmup_epochs": 0, "log_every": 1, "drop_path_rate": 0}
 
 
 def losses(folder):
-    return [line["loss"] for line in read_log(folder / "log.txt") if line["kind"] == "step"]
+    return [line["train_loss"] for line in read_log(folder / "log.txt") if line["kind"] == "step"]
 
 
 def assert_near(folder, other, rel):
     assert losses(folder) == pytest.approx(losses(other), rel=rel)
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "vit_tiny"])
+@pytest.mark.parametrize("backbone", [{}, VIT], ids=["resnet8", "vit_tiny"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_learns(trained, device, arch, precision):
+def test_a_run_learns(trained, device, backbone, precision):
     if (device, precision) == ("cpu", "fp16"):
         pytest.skip("fp16 is refused on a CPU")
-    folder = trained(arch=arch, precision=precision, local_crops_number=2, local_crops_size=16)
+    crops = {"local_crops_number": 2, "local_crops_size": 16}
+    folder = trained(precision=precision, lr=0.03, warmup_epochs=0, **crops, **backbone)
     first, *_, last = losses(folder)
     assert math.isfinite(last) and last < first
     steps = [line for line in read_log(folder / "log.txt") if line["kind"] == "step"]
@@ -59,7 +61,7 @@ def test_every_form_of_the_head_trains_alike(trained, device, head_impl, codes_s
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(trained, device, pictures, tmp_path, precision):
-    settings = {"device": device, "precision": precision, "optimizer": "sgd", "num_workers": 2}
+    settings = {"device": device, "precision": precision, "optimizer": "sgd", "num_workers": 2, "epochs": 2}
     undisturbed = trained(**settings)
     words = flags(pictures, tmp_path / "run", **settings)
     job = launch(words, tmp_path)
@@ -101,7 +103,7 @@ def share_one_gpu_by_gloo():
 def test_a_step_never_waits_for_the_device(device, pictures, tmp_path, no_waits, head_impl):
     if (device, head_impl) == ("cpu", "triton"):
         pytest.skip("Triton's kernels need a GPU")
-    words = flags(pictures, tmp_path / "run", device=device, head_impl=head_impl, precision="bf16", arch="vit_tiny")
+    words = flags(pictures, tmp_path / "run", device=device, head_impl=head_impl, precision="bf16", **VIT)
     run = main_cplearn.build_run(main_cplearn.get_args_parser().parse_args(words))
     run.log, run.watch = RunLog(tmp_path / "run", 0, run.total_steps), Watch((), 0, lambda: None)
     run.model.train()
