@@ -61,7 +61,8 @@ def test_every_form_of_the_head_trains_alike(trained, device, head_impl, codes_s
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(trained, device, pictures, tmp_path, precision):
-    settings = {"device": device, "precision": precision, "optimizer": "sgd", "num_workers": 2, "epochs": 2}
+    optimizer = "adamw" if device == "cpu" else "sgd"  # AdamW makes full steps of gradients that are 0 up to rounding
+    settings = {"device": device, "precision": precision, "optimizer": optimizer, "num_workers": 2, "epochs": 2}
     undisturbed = trained(**settings)
     words = flags(pictures, tmp_path / "run", **settings)
     job = launch(words, tmp_path)
