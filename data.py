@@ -19,6 +19,7 @@ import functools
 import itertools
 import os
 import signal
+import threading
 
 import numpy as np
 import torch
@@ -308,7 +309,8 @@ MAX_DEATHS = 3  # of workers, in a row
 def hear_of_dead_workers_in_next_only():
     """PyTorch's handler of SIGCHLD raises its error wherever the main thread happens to be, in the middle of an update
     of the weights too. Without it `next(batches)` notices within five seconds."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():  # elsewhere PyTorch has set none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def is_of_dead_worker(error):

@@ -253,7 +253,7 @@ def init_distributed(device="auto"):
     if size > 1 and device.type == "mps":
         raise UserError(f"--device mps: {size} processes were started, Apple's GPU serves one; use --device cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return device
     with reaching_peers():
@@ -268,7 +268,7 @@ PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun an
 
 def place_in_group():
     """This process's rank and the number of processes, by the environment: 0 and 1 where it says neither."""
-    there = [name for name in PLACE if name in os.environ]
+    there = [name for name in PLACE if os.environ.get(name)]
     if "RANK" not in there and "WORLD_SIZE" not in there:
         return 0, 1
     if len(there) < len(PLACE):
@@ -282,8 +282,9 @@ def place_in_group():
 
 
 def number_of_environment(name, default="0", least=0, most=None):
+    """The variable's value, or the default where it is empty or not there. Raises UserError."""
     try:
-        return Number(int, least=least, most=most)(os.environ.get(name, default))
+        return Number(int, least=least, most=most)(os.environ.get(name) or default)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}={error}; torchrun sets it; left over from another program? then unset it") from None
 
@@ -416,7 +417,7 @@ RESTART_COUNT = "CPLEARN_RESTART_COUNT"
 
 def is_restart():
     """Whether torchrun or run_with_submitit.py has started this command again, so that it means to go on."""
-    names = (RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT") if "RANK" in os.environ else (RESTART_COUNT,)
+    names = (RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT") if os.environ.get("RANK") else (RESTART_COUNT,)
     return any(number_of_environment(name) for name in names)
 
 

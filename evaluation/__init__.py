@@ -40,7 +40,9 @@ import utils
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel
 from utils import PRECISIONS, UserError
+from watch import Watch
 
+PATIENCE_S = 600  # a process that waits longer than that for one batch shows where and ends
 RANKED = 5  # classes that a prediction names, for top-5
 MAX_STATS = 200_000  # files whose size and times are looked at: 2 s on a disk, a minute over a slow network
 
@@ -122,7 +124,9 @@ class EvaluatedModel:
             rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
         )  # fmt: skip
         model = self.model.to(self.device)
-        found = extract_features(model, batches, len(images), self.device, args.precision, self.name)
+        with Watch((), PATIENCE_S, unit="batch") as watch:
+            batches = watch.over(batches)
+            found = extract_features(model, batches, len(images), self.device, args.precision, self.name)
         self.model.cpu()  # room for the next one
         return found
 

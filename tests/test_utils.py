@@ -1,22 +1,36 @@
 """Batch norm against torch's on the joined batch, checkpoints that survive, files that are refused."""
 
+import os
+import socket
+import subprocess
+import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import utils
 from utils import (
+    UNFINISHED,
     Agreement,
     ArgumentParser,
+    RunFailed,
+    TryAgain,
     UserError,
     all_gather_rows,
     all_reduce_mean,
     boolean,
+    choose_device,
+    choose_precision,
     command_line,
     convert_sync_batchnorm,
+    init_distributed,
     is_lost_peer,
     is_restart,
     name_of_this_start,
@@ -24,6 +38,8 @@ from utils import (
     parameter_groups,
     seed_everything,
 )
+
+ROOT = Path(utils.__file__).parent
 
 
 def network():
@@ -88,6 +104,19 @@ def test_conversion_keeps_names_types_and_timms_activation():
     torch.testing.assert_close(convert_sync_batchnorm(nn.Sequential(timms))(images), expected)
 
 
+def test_batch_norm_is_torchs_own_on_a_gpu_and_ours_on_a_cpu(monkeypatch):
+    called = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: called.append("torch") or x)
+    monkeypatch.setattr(utils.SyncBatchNorm, "_normalise", lambda self, x: called.append("by hand") or x)
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    norm = convert_sync_batchnorm(nn.BatchNorm2d(3))
+    with FakeTensorMode():
+        for device in ("cuda", "cpu"):
+            norm(torch.empty(2, 3, 4, 4, device=device))
+    assert called == ["torch", "by hand"]
+    assert {name for name in dir(nn.SyncBatchNorm) if name.startswith("_check")} <= set(dir(norm))
+
+
 def test_parameter_groups_cover_everything_once():
     groups = parameter_groups(network())
     assert groups[0]["names"] == ["0.weight", "4.weight"]
@@ -122,22 +151,173 @@ def test_a_lost_peer_is_known_and_other_errors_are_not():
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def refuse_on_rank_zero(rank, message):
-    def function():
-        assert rank == 0
-        if message:
-            raise UserError(message)
-        return "done"
+REFUSALS = (
+    UserError("folder taken"), RunFailed("no room"), TryAgain("port"), OSError(28, "No space left", "a"), KeyError("x"),
+    None,
+)  # fmt: skip
 
+
+def refuse_on_rank_zero(rank):
+    """What each of the REFUSALS becomes in this process: exit code and line."""
+    return [outcome(on_rank_zero, refuse, error) for error in REFUSALS]
+
+
+def refuse(error):
+    assert torch.distributed.get_rank() == 0
+    if error is not None:
+        raise error
+    return "done"
+
+
+def outcome(function, *args):
     try:
-        return on_rank_zero(function)
-    except UserError as error:
-        return f"refused: {error}"
+        return function(*args)
+    except Exception as error:
+        return getattr(error, "exit_code", 1), str(error)
 
 
-def test_what_rank_zero_refuses_all_refuse(run_in_processes):
-    assert run_in_processes(refuse_on_rank_zero, "folder taken") == ["refused: folder taken"] * 2
-    assert run_in_processes(refuse_on_rank_zero, None) == ["done", None]
+def test_what_rank_zero_refuses_all_refuse_with_its_exit_code(run_in_processes):
+    zero, one = run_in_processes(refuse_on_rank_zero)
+    shared = [(2, "folder taken"), (1, "no room"), (75, "port"), (1, "[Errno 28] No space left: 'a'")]
+    assert zero == [*shared, (1, "'x'"), "done"]
+    assert one == [*shared, (1, "rank 0: KeyError: 'x'"), None]
+
+
+# ---- the environment and the device ----------------------------------------------------------------------------------
+
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"WORLD_SIZE": "4"}, "the environment has WORLD_SIZE and no RANK, MASTER_ADDR, MASTER_PORT: start"),
+        ({"RANK": "0"}, "the environment has RANK and no WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no MASTER_ADDR, MASTER_PORT"),
+        (MEETING | {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected a whole number of at least 0 and of at most 1"),
+        (MEETING | {"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1: expected a whole number"),
+        (MEETING | {"RANK": "", "WORLD_SIZE": "2"}, "has WORLD_SIZE, MASTER_ADDR, MASTER_PORT and no RANK"),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two: expected a whole number of at least 1"),
+        (MEETING | {"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected a whole number of at least 1"),
+        (
+            MEETING | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "http"},
+            "MASTER_PORT=http: expected a whole number",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": "29500"}, "no MASTER_ADDR: start"),
+    ],
+)
+def test_variables_that_do_not_fit_together_are_one_line(monkeypatch, capsys, changes, said):
+    set_group(monkeypatch, changes)
+    with pytest.raises(SystemExit) as caught:
+        command_line(init_distributed)("cpu")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and said in error
+    assert not torch.distributed.is_initialized()
+
+
+def set_group(monkeypatch, changes):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_master_address_alone_is_nobody_s_group(monkeypatch):
+    set_group(monkeypatch, MEETING)
+    assert command_line(init_distributed)("cpu") == torch.device("cpu")
+
+
+def test_a_mistake_is_told_whatever_the_environment_says(monkeypatch, capsys):
+    set_group(monkeypatch, {"WORLD_SIZE": "4"})
+    utils.print_error("--x: bad")
+    set_group(monkeypatch, {"WORLD_SIZE": "many", "RANK": "a\nb"})
+    utils.print_error("--x: bad")
+    assert capsys.readouterr().err == "error (rank ?): --x: bad\nerror (rank a b): --x: bad\n"
+
+
+def test_a_port_in_use_is_said_and_another_start_may_cure_it(monkeypatch, capsys):
+    with socket.create_server(("", 0), family=socket.AF_INET) as server:
+        port = str(server.getsockname()[1])
+        set_group(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        with pytest.raises(SystemExit) as caught:
+            command_line(init_distributed)("cpu")
+    error = capsys.readouterr().err
+    assert caught.value.code == UNFINISHED and f"error (rank 0): MASTER_PORT {port}: the port is in use on" in error
+
+
+def test_a_network_that_does_not_connect_is_an_error_of_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    set_group(monkeypatch, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    with pytest.raises(SystemExit) as caught:
+        command_line(init_distributed)("cpu")
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and error.count("\n") == 1
+    assert "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in error and f"127.0.0.1:{port}" in error
+
+
+@pytest.fixture
+def nvidia(tmp_path, monkeypatch):
+    """A machine with an NVIDIA GPU that torch does not see."""
+    monkeypatch.setattr(utils, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(utils, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_auto_does_not_fall_back_to_the_cpu_beside_a_gpu(nvidia, monkeypatch):
+    for built, said in (("13.0", "is built for CUDA 13.0"), (None, "is built for CPUs only")):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        with pytest.raises(UserError, match=f"--device auto: .* NVIDIA GPU .*{said}.*--device cpu"):
+            choose_device("auto")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_a_gpu_that_the_user_hides_is_not_asked_for(nvidia, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert choose_device("auto") == torch.device("cpu")
+
+
+def test_a_container_without_the_machine_s_gpu_is_a_cpu(nvidia):
+    (nvidia / "nvidia0").unlink()
+    assert choose_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "local_rank, processes, visible, index",
+    [("3", "8", 8, 3), ("3", "8", 1, 0), ("0", "1", 1, 0), ("3", "8", 2, None), ("1", "0", 1, None)],
+)
+def test_each_process_takes_its_own_gpu(monkeypatch, local_rank, processes, visible, index):
+    set_group(monkeypatch, {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": processes})
+    if index is None:
+        with pytest.raises(UserError, match=f"LOCAL_RANK {local_rank}: this process sees {visible} GPUs"):
+            utils.own_gpu(visible)
+    else:
+        assert utils.own_gpu(visible) == index
+
+
+def test_precision_needs_no_private_operator(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_what_the_terminal_cannot_show_is_escaped():
+    """A file's name in a Latin-1 or ASCII terminal, and one that is not UTF-8 at all."""
+    program = "import utils; utils.command_line(lambda: print('\\u4e2d \\udcff'))()"
+    for encoding in ("latin-1", "ascii", "utf-8"):
+        env = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True)
+        assert done.returncode == 0 and b"\\udcff" in done.stdout, done.stderr
+
+
+# ---- starts ----------------------------------------------------------------------------------------------------------
 
 
 def meet(store, size):
