@@ -12,7 +12,6 @@ Shapes: N images, D backbone width, F head width, K codes.
 """
 
 import math
-import sys
 
 import torch
 
@@ -25,7 +24,7 @@ from utils import UserError
 
 RANKME_ROWS = 25_600  # as in RankMe's paper, section 3.1
 TIGHTNESS_ROWS = 100_000  # some of which must share a code; bounds the memory, three copies in float64
-MAX_WIDTH = 4096  # of features: the covariance of wider ones (raw pixels of photographs) takes minutes and gigabytes
+MAX_COVARIANCE = 4096  # D: the covariance of wider features (raw pixels of photographs) takes minutes and gigabytes
 MIN_IMAGES = 10
 SAME = 1e-6  # spread of features that differ by no more than float32's rounding
 ASSUMED = {"beta": 0.25, "prior": "kl"}  # main_cplearn.py's defaults, for a checkpoint that does not say
@@ -36,12 +35,13 @@ COLUMNS = {
     "width": ("of D", "d"),
     "alpha": ("alpha", ".2f"),
     "cosine_mean": ("mean cosine", ".3f"),
-    "entropy": ("entropy (nats)", ".1f"),
+    "mixture_entropy": ("mixture entropy (nats)", ".1f"),
     "codes_used": ("codes used", "d"),
     "perplexity": ("perplexity", ".1f"),
     "within_code": ("variance in codes", ".3f"),
     "alignment": ("alignment", ".3f"),
-    "gap": ("gap (nats)", ".3f"),
+    "information": ("information (nats)", ".2f"),
+    "gap_share": ("gap / trivial", ".2f"),
     "verdict": ("collapse", ""),
 }
 
@@ -51,17 +51,17 @@ def get_args_parser():
     add = parser.add_argument
     add("--split", default="val", choices=("train", "val"), help="images to analyse")
     add(
-        "--gmm_components", type=int, nargs="*", default=[10, 20, 50, 100, 200, 500, 1000], metavar="C",
+        "--gmm_components", type=utils.positive(int), nargs="*", default=[10, 20, 50, 100, 200, 500, 1000], metavar="C",
         help="sizes of the Gaussian mixtures whose entropy is estimated, and numbers of k-means groups in which "
         "intracluster collapse is looked for; those above a tenth of the images are left out; none: no mixtures",
     )  # fmt: skip
     add(
-        "--gmm_samples", type=int, default=10_000, metavar="N",
+        "--gmm_samples", type=utils.Number(int, least=MIN_IMAGES), default=10_000, metavar="N",
         help="images that mixtures are fitted to, drawn at random; time grows with it, and entropies with few samples "
         "per component are too low",
     )  # fmt: skip
     add(
-        "--tsne_samples", type=int, default=2000, metavar="N",
+        "--tsne_samples", type=utils.not_negative(int), default=2000, metavar="N",
         help="images drawn at random for t-SNE, which is made with --output_dir only; 0: none",
     )  # fmt: skip
     return parser
@@ -70,7 +70,6 @@ def get_args_parser():
 @utils.command_line
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    check_flags(args)
     device = utils.init_distributed(args.device)
     models = [evaluated for evaluated in evaluation.open_models(args, device) if narrow_enough(evaluated)]
     images = evaluation.open_images(models, args.split)
@@ -93,7 +92,7 @@ def analyse(evaluated, features, codes, args):
     row, curves, tightness = analyse_features(features, args)
     sample = collapse.some_indices(len(features), collapse_figures.ADJACENCY_ROWS, args.seed)
     pictures = {"rows": sample, "vectors": features[sample], "of": "features", "codes": None}
-    usage = invariance = None
+    usage = entropy = None
     if codes is not None:
         usage = collapse.code_usage(codes, count_codes(head))
         curves["usage"] = usage.pop("counts")
@@ -107,14 +106,14 @@ def analyse(evaluated, features, codes, args):
         h = collapse.embed(head, features, device)
         of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, evaluated, args, device)
         row |= of_theory
-        invariance = row["invariance"]
+        entropy = row["entropy"]
         pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
     else:
         pictures["moment"] = collapse.covariance(features)
     if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
         positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
-    row |= verdicts(row, curves["spectrum"], tightness, usage, len(features), invariance)
+    row |= verdicts(row, curves["spectrum"], tightness, usage, len(features), entropy)
     return row, curves, pictures
 
 
@@ -138,7 +137,8 @@ def analyse_features(features, args):
         tightness.append(collapse.tightness(sample, groups, eigenvalues))
         mixtures.append(numbers)
     if mixtures:
-        row |= mixtures[-1]  # of the most components
+        components, *entropies = mixtures[-1].items()  # of the most components
+        row |= dict([components]) | {f"mixture_{name}": value for name, value in entropies}
     curves = {"spectrum": eigenvalues.tolist(), "cosine_density": cosine["density"], "mixtures": mixtures}
     return row, curves, tightness
 
@@ -151,7 +151,7 @@ def analyse_embeddings(h, codes, evaluated, args, device):
     blocks = collapse.block_cosines(h, codes, args.seed)
     settings = {name: evaluated.model.settings.get(name) or value for name, value in ASSUMED.items()}
     if any(evaluated.model.settings.get(name) is None for name in ASSUMED):
-        note(f"{evaluated.name} does not say its beta and prior: the gap is for {settings}")
+        evaluation.note(f"{evaluated.name} does not say its beta and prior: the gap is for {settings}")
     of_loss = collapse.certificate(h, head.codes.to(device), head.tau, **settings, eps=smallest_probability(head))
     row = {
         "alignment": aligned["mean"],
@@ -178,10 +178,10 @@ def count_codes(head):
     return head.dictionary.num_codes if isinstance(head, CPLearnHead) else len(head.last_layer.weight_v)
 
 
-def verdicts(row, eigenvalues, tightness, usage, num_images, invariance):
+def verdicts(row, eigenvalues, tightness, usage, num_images, entropy):
     tightness = min((t for t in tightness if not math.isnan(t)), default=math.nan)  # the grouping that shows it best
     eigenvalues = torch.tensor(eigenvalues, dtype=torch.float64)
-    sentences, found = collapse.judge(row, eigenvalues, tightness, usage, num_images, invariance)
+    sentences, found = collapse.judge(row, eigenvalues, tightness, usage, num_images, entropy)
     return {"tightness": finite(tightness), "verdict": ", ".join(found) or "none", "verdicts": sentences}
 
 
@@ -190,8 +190,11 @@ def verdicts(row, eigenvalues, tightness, usage, num_images, invariance):
 
 def report(rows, curves, args, models, num_images):
     components = max((row.get("components", 0) for row in rows), default=0)
-    title = f"entropy, {components} comp. (nats)" if components else "entropy (nats)"
-    columns = COLUMNS | {"entropy": (title, ".1f")}
+    columns = dict(COLUMNS)
+    if components:
+        columns["mixture_entropy"] = (f"entropy, {components} comp. (nats)", ".1f")
+    else:
+        del columns["mixture_entropy"]
     notes = ["\n".join([row["checkpoint"], "", *verdict_lines(row)]) for row in rows]
     evaluation.report("collapse", rows, columns, args, models, notes, curves=curves, num_images=num_images)
 
@@ -205,42 +208,33 @@ def verdict_lines(row):
 
 
 def describe_theory(row):
+    share = "" if row["gap_share"] is None else f", {row['gap_share']:.2f} of a trivial state's"
+    most = math.log(row["num_codes"])
     return (
-        f"alignment {row['alignment']:.3f} (random directions {row['alignment_chance']:.3f}); off-diagonal mass of "
-        f"H^T H {row['off_diagonal_mass']:.3f}; gap to Lemma 1 {row['gap']:.3f} nats "
-        f"({row['gap_floor']:.3f} for one code per image, as even as {row['num_codes']} codes can be)"
+        f"gap to Lemma 1 {row['gap']:.3f} nats{share} (0: no collapse, 1: trivial); codes tell {row['information']:.2f} "
+        f"of log K = {most:.2f} nats about an image; alignment {row['alignment']:.3f} (random directions "
+        f"{row['alignment_chance']:.3f}); off-diagonal mass of H^T H {row['off_diagonal_mass']:.3f}"
     )
 
 
-def note(text):
-    if utils.rank() == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
-
-
 # ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_flags(args):
-    for flag, least in (("gmm_samples", MIN_IMAGES), ("tsne_samples", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)}: expected at least {least}")
-    if any(count < 1 for count in args.gmm_components):
-        raise UserError(f"--gmm_components {min(args.gmm_components)}: expected positive numbers")
 
 
 def chosen_components(args, num_samples):
     chosen = sorted(count for count in set(args.gmm_components) if count <= num_samples / 10)
     left_out = sorted(set(args.gmm_components) - set(chosen))
     if left_out:
-        note(f"--gmm_components {' '.join(map(str, left_out))} left out: more than a tenth of {num_samples} images")
+        evaluation.note(
+            f"--gmm_components {' '.join(map(str, left_out))} left out: more than a tenth of {num_samples} images"
+        )
     return chosen
 
 
 def narrow_enough(evaluated):
     width = evaluated.model.embed_dim
-    if width > MAX_WIDTH:
-        note(f"{evaluated.name} left out: {width} features; these analyses take up to {MAX_WIDTH}")
-    return width <= MAX_WIDTH
+    if width > MAX_COVARIANCE:
+        evaluation.note(f"{evaluated.name} left out: {width} features; these analyses take up to {MAX_COVARIANCE}")
+    return width <= MAX_COVARIANCE
 
 
 def finite(value):

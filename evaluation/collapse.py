@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch.nn import functional as F
 
-from cplearn_head import least_hard_prior, loss_lower_bound, prior_loss
+from cplearn_head import least_hard_prior, loss_lower_bound, prior_loss, trivial_gap
 from dictionary import nearest_code
 from evaluation.clustering import kmeans_of_scikit_learn
 from monitor import diagnose
@@ -24,7 +24,7 @@ ENTROPY_SAMPLES = 10_000  # of the Monte Carlo estimate, as in section 4 of the 
 LOGITS_AT_ONCE = 2**24  # b x K: 64 MB in float32
 LEAST_VARIANCE = 1e-6  # of a mixture's component, over that of all features
 TIGHT_PART = 0.1  # collapse of "some clusters" (section 2): those of a tenth of the images are some
-FAINT = 1e-12  # eigenvalues below this part of the largest are rounding
+ROUNDING = 1e-12  # eigenvalues below this part of the largest
 
 
 # ---- features: spectrum ----------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def power_law_exponent(eigenvalues):
     Agrawal et al., "alpha-ReQ", NeurIPS 2022; weights and range are those of its code.
     """
     first, last = POWER_LAW_RANKS
-    there = int((eigenvalues > FAINT * eigenvalues[0]).sum())
+    there = int((eigenvalues > ROUNDING * eigenvalues[0]).sum())
     last = min(last, len(eigenvalues) - 10, there)
     if last - first < 9:
         return None
@@ -186,7 +186,7 @@ def gaussian_distortion(eigenvalues, rate):
     Reverse water-filling: sum_i min(theta, lambda_i) with sum_i max(0, log(lambda_i / theta) / 2) = rate.
     Cover and Thomas, "Elements of Information Theory", theorem 10.3.3.
     """
-    values = eigenvalues[eigenvalues > FAINT * eigenvalues[0]]
+    values = eigenvalues[eigenvalues > ROUNDING * eigenvalues[0]]
     if len(values) == 0:
         return 0.0
     active = torch.arange(1, len(values) + 1, dtype=values.dtype)
@@ -288,15 +288,20 @@ def block_cosines(h, codes, seed=0, most=10_000, rows=1000):
 
 @torch.no_grad()
 def certificate(h, codes, tau, beta, prior, eps):
-    """Lemma 1 on a whole data set: how far the loss is above the least value it can have.
+    """Lemma 1 on a whole data set: how far the loss is above the least value it can have, all in nats.
 
     Both views of an image are the image itself, without augmentation, so that invariance is the mean entropy of p; the
-    prior is that of the mean p over all N images. `gap` = loss - Lemma 1's bound, in nats; at 0 neither representation
-    nor cluster collapse has happened. N < K images with one code each, all different, have `gap_floor`
-    (cplearn_head.least_hard_prior); p that spreads over codes can have less.
+    prior is that of the mean p over all N images.
+    entropy: H(p), the mean over images.
+    information: H(mean p) - H(p), the nats per image that p tells; with prior "kl" log K - prior - H(p).
+    gap: loss - Lemma 1's bound. At 0 neither representation nor cluster collapse has happened.
+    gap_share: gap / `trivial_gap`: 0 at the bound, 1 in a trivial state; None for beta 0.
+    least_hard_prior: the least prior that N images with one code each can have; where p spreads over codes it can be
+    less.
+    mean_perplexity: exp H(mean p).
 
     h: (N, F).  codes: (F, K) of -1 and +1, on the device that computes; cast to h's dtype once (4 F K bytes).
-    Never an N x K array: b x K at a time, sums in float64. Also gives the perplexity of the mean p.
+    Never an N x K array: b x K at a time, sums in float64.
     """
     num_codes = codes.shape[1]
     codes = codes.to(h.dtype)
@@ -307,23 +312,26 @@ def certificate(h, codes, tau, beta, prior, eps):
         total += p.sum(dim=0, dtype=torch.float64)
         entropy -= float(log_p.mul_(p).sum(dtype=torch.float64))
     mean = total / len(h)
-    invariance, prior_term = entropy / len(h), float(prior_loss(mean, prior))
-    loss = beta * invariance + prior_term
-    least_prior = math.log(num_codes) if prior == "ce" else 0.0
+    entropy, prior_term = entropy / len(h), float(prior_loss(mean, prior))
+    entropy_of_mean = float(torch.special.entr(mean).sum())
+    loss = beta * entropy + prior_term
+    gap = loss - loss_lower_bound(num_codes, beta, prior, eps)
     return {
         "loss": loss,
-        "invariance": invariance,
+        "entropy": entropy,
         "prior": prior_term,
-        "gap": loss - loss_lower_bound(num_codes, beta, prior, eps),
-        "gap_floor": least_hard_prior(num_codes, len(h), prior) - least_prior,
-        "mean_perplexity": float(torch.special.entr(mean).sum().exp()),
+        "information": entropy_of_mean - entropy,
+        "gap": gap,
+        "gap_share": gap / trivial_gap(num_codes, beta, prior) if beta else None,
+        "least_hard_prior": least_hard_prior(num_codes, len(h), prior),
+        "mean_perplexity": math.exp(entropy_of_mean),
     }
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invariance=None):
+def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, entropy=None):
     """A sentence for each of the four collapses (section 2 and Fig. 1), by the limits of `monitor.diagnose`.
 
     representation  features differ by less than 1 % of their length
@@ -336,7 +344,7 @@ def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invar
 
     statistics: `monitor.feature_statistics`.  eigenvalues: (D,) of the features' covariance.
     tightness: `tightness`, the least of several groupings.  usage: `code_usage`, or None.  num_images: N.
-    invariance: `certificate`'s, in nats; near log K no code is preferred to another, a saddle and not a collapse.
+    entropy: `certificate`'s H(p), in nats; near log K no code is preferred to another, a saddle and not a collapse.
     Returns ({kind: sentence}, [kinds that have happened]).
     """
     rank, most = effective_rank(eigenvalues), min(len(eigenvalues), num_images or len(eigenvalues))
@@ -344,7 +352,7 @@ def judge(statistics, eigenvalues, tightness, usage=None, num_images=None, invar
     if usage is not None:
         line |= {name: usage[name] for name in ("num_codes", "codes_used", "perplexity")}
         line |= {} if num_images is None else {"images_counted": num_images}
-        line |= {} if invariance is None else {"entropy_share": invariance / math.log(usage["num_codes"])}
+        line |= {} if entropy is None else {"entropy_share": entropy / math.log(usage["num_codes"])}
     found = [kind for kind, _ in diagnose(line)]
     if "representation" in found:
         found = ["representation"]

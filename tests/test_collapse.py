@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, least_hard_prior, rademacher_codes
+from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, rademacher_codes
 from dictionary import Dictionary, hadamard_matrix
 from evaluation import collapse
 from evaluation.clustering import kmeans_of_scikit_learn
@@ -232,7 +232,8 @@ def test_corollaries_hold_where_embeddings_are_orthogonal_codes():
     assert blocks["within"] == pytest.approx(1) and blocks["between"] == pytest.approx(0, abs=1e-12)
     for prior in ("kl", "ce"):
         found = collapse.certificate(h, codes, tau, 0.5, prior, eps=1e-4)
-        assert found["gap"] == pytest.approx(0, abs=1e-9) and found["gap_floor"] == 0
+        assert found["gap"] == pytest.approx(0, abs=1e-9) and found["gap_share"] == pytest.approx(0, abs=1e-9)
+        assert found["information"] == pytest.approx(math.log(16), abs=0.02)  # p is hard but for eps
         assert found["mean_perplexity"] == pytest.approx(16)
 
 
@@ -243,7 +244,9 @@ def test_certificate_is_the_loss_of_identical_views(prior, monkeypatch):
     expected, terms = cplearn_loss([h, h], codes, tau=2.5, beta=0.3, prior=prior)
     found = collapse.certificate(h, codes, 2.5, 0.3, prior, eps=1e-6)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-10)
-    assert found["invariance"] == pytest.approx(float(terms["invariance"]), rel=1e-10)
+    assert found["entropy"] == pytest.approx(float(terms["invariance"]), rel=1e-10)
+    if prior == "kl":
+        assert found["information"] == pytest.approx(math.log(64) - found["prior"] - found["entropy"], rel=1e-10)
     assert found["prior"] == pytest.approx(float(terms["prior"]), rel=1e-10)
     mean = torch.softmax(h @ codes.double() / 2.5, dim=1).mean(dim=0)
     assert found["mean_perplexity"] == pytest.approx(math.exp(scipy.stats.entropy(mean)))
@@ -255,8 +258,18 @@ def test_fewer_images_than_codes_leave_a_floor():
     codes = hadamard_matrix(32)
     h = codes[:, :8].T.double()  # 8 images, each on a code of its own
     found = collapse.certificate(h, codes, 0.1, 0.25, "kl", eps=1e-8)
-    assert found["prior"] == pytest.approx(math.log(4)) and found["gap_floor"] == least_hard_prior(32, 8)
-    assert collapse.certificate(h, codes, 0.1, 0.25, "ce", eps=1e-8)["gap_floor"] == 0
+    assert found["prior"] == pytest.approx(math.log(4)) and found["least_hard_prior"] == math.log(4)
+    assert collapse.certificate(h, codes, 0.1, 0.25, "ce", eps=1e-8)["least_hard_prior"] == math.log(32)
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0, 3.0])
+def test_a_trivial_state_has_all_of_the_trivial_gap_and_no_information(beta):
+    codes = rademacher_codes(16, 64)
+    uniform = collapse.certificate(torch.zeros(50, 16).double(), codes, 0.1, beta, "kl", eps=1e-8)
+    single = collapse.certificate(codes[:, :1].T.double().repeat(50, 1), codes, 0.1, beta, "kl", eps=1e-8)
+    assert min(uniform["gap_share"], single["gap_share"]) == pytest.approx(1, abs=1e-4)
+    assert uniform["information"] == pytest.approx(0, abs=1e-9) == single["information"]
+    assert collapse.certificate(torch.zeros(50, 16).double(), codes, 0.1, 0, "kl", eps=1e-8)["gap_share"] is None
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -328,6 +341,6 @@ def test_verdicts_hold_their_numbers():
 
 
 def test_uniform_predictions_are_a_saddle_and_not_a_collapse():
-    sentences, found = judged(HEALTHY, random_codes(2), invariance=0.999 * math.log(512))
+    sentences, found = judged(HEALTHY, random_codes(2), entropy=0.999 * math.log(512))
     assert found == ["saddle"] and "99.9 % of log K" in sentences["saddle"]
-    assert "saddle" not in judged(HEALTHY, random_codes(512), invariance=2.0)[0]
+    assert "saddle" not in judged(HEALTHY, random_codes(512), entropy=2.0)[0]

@@ -88,13 +88,18 @@ def test_command_writes_numbers_that_a_reader_can_check(run, folder, tmp_path):
     assert row["codes_used"] == len(codes.unique()) and sum(curves["usage"]) == 60 and row["num_codes"] == 32
     assert row["within_code"] == pytest.approx(within_code_variance(features, codes))
     assert [mixture["components"] for mixture in curves["mixtures"]] == [2, 6]
-    assert row["entropy"] == curves["mixtures"][1]["entropy"]
+    assert row["mixture_entropy"] == curves["mixtures"][1]["entropy"]
     assert "--gmm_components 7 left out: more than a tenth of 60 images" in printed.err
 
     head = make_head().eval().requires_grad_(False)
     h = head(features).double()
     loss, _ = cplearn_loss([h, h], head.codes, head.tau, 0.4, "ce")
     assert row["gap"] == pytest.approx(float(loss) - loss_lower_bound(32, 0.4, "ce"), rel=1e-5)
+    p = torch.softmax(h @ head.codes.double() / head.tau, dim=1)
+    entropies = [float(torch.special.entr(x).sum()) for x in (p.mean(dim=0), p)]
+    assert row["entropy"] == pytest.approx(entropies[1] / 60, rel=1e-5)
+    assert row["information"] == pytest.approx(entropies[0] - entropies[1] / 60, rel=1e-3)
+    assert row["gap_share"] == pytest.approx(row["gap"] / (0.4 * math.log(32)))
     assert "does not say" not in printed.err
     cosines = torch.cosine_similarity(h, head.codes.T[codes].double())
     assert row["alignment"] == pytest.approx(float(cosines.mean()), rel=1e-5)
@@ -130,7 +135,7 @@ def test_several_models_and_baselines_in_one_table(run, tmp_path):
 
 
 def test_wide_features_are_left_out_with_a_note(run, monkeypatch):
-    monkeypatch.setattr(eval_collapse, "MAX_WIDTH", 100)
+    monkeypatch.setattr(eval_collapse, "MAX_COVARIANCE", 100)
     printed = run("bare.pth", flags=["--baselines", "--gmm_components"])
     assert "note: raw pixels left out: 768 features" in printed.err
     assert "raw pixels" not in printed.out and "random weights" in printed.out
@@ -216,16 +221,16 @@ def test_two_processes_write_what_one_does(run, run_in_processes, folder, tmp_pa
         (row,) = json.loads((tmp_path / name / "results_collapse.json").read_text())["rows"]
         rows.append(row)
     assert rows[0].keys() == rows[1].keys() and rows[0]["verdicts"].keys() == rows[1]["verdicts"].keys()
-    for name in ("rankme", "alignment", "gap", "entropy", "codes_used"):
+    for name in ("rankme", "alignment", "information", "gap_share", "mixture_entropy", "codes_used"):
         assert math.isclose(rows[0][name], rows[1][name], rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gmm_samples", "3"], "--gmm_samples 3: expected at least 10"),
-        (["--tsne_samples", "-1"], "--tsne_samples -1: expected at least 0"),
-        (["--gmm_components", "5", "0"], "--gmm_components 0: expected positive numbers"),
+        (["--gmm_samples", "3"], "--gmm_samples 3: expected a whole number of at least 10"),
+        (["--tsne_samples", "-1"], "--tsne_samples -1: expected a whole number of at least 0"),
+        (["--gmm_components", "5", "0"], "--gmm_components 0: expected a whole number of at least 1"),
         (["--data_path", "{folder}/few"], "--split val has 8 images; expected at least 10"),
         (["--split", "test"], "--split"),
         (["--checkpoint", "{folder}/nan.pth"], "nan.pth hold NaN or infinity"),
