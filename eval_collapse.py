@@ -211,9 +211,10 @@ def describe_theory(row):
     share = "" if row["gap_share"] is None else f", {row['gap_share']:.2f} of a trivial state's"
     most = math.log(row["num_codes"])
     return (
-        f"gap to Lemma 1 {row['gap']:.3f} nats{share} (0: no collapse, 1: trivial); codes tell {row['information']:.2f} "
-        f"of log K = {most:.2f} nats about an image; alignment {row['alignment']:.3f} (random directions "
-        f"{row['alignment_chance']:.3f}); off-diagonal mass of H^T H {row['off_diagonal_mass']:.3f}"
+        f"gap to Lemma 1 {row['gap']:.3f} nats{share} (0: no collapse, 1: trivial); "
+        f"codes tell {row['information']:.2f} of log K = {most:.2f} nats about an image; "
+        f"alignment {row['alignment']:.3f} (random directions {row['alignment_chance']:.3f}); "
+        f"off-diagonal mass of H^T H {row['off_diagonal_mass']:.3f}"
     )
 
 
