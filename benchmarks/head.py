@@ -5,12 +5,14 @@
     python -m benchmarks.head --device cuda --forms dense triton  # on a GPU, with Triton's kernels
 
 Times are medians of interleaved repeats in one process; ratios are of CPU time on a CPU, of wall time on a GPU. Extra
-memory, at its peak, is measured in a process of its own for each form, above what embeddings and dictionary take.
-Gradient errors are against float64: the largest error of an entry, relative to the largest entry; "peaked" embeddings
-lie near a code, as late in training. Prints a table in markdown.
+memory is the peak above what embeddings and dictionary take: on a CPU of a process of its own for each form, on a GPU
+of PyTorch's allocator. Gradient errors are against float64: the largest error of an entry, relative to the largest
+entry; "peaked" embeddings lie near a code, as late in training. Prints a table in markdown, and below it what each form
+said that could not run.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -60,7 +62,7 @@ def get_parser():
 def main(args):
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        print(json.dumps(peak_extra_memory(args, args.num_codes[0])))
+        print(json.dumps(peak_of_process(*form_and_inputs(args, args.num_codes[0], args.memory_of))))
         return
     results = {num_codes: measure(args, num_codes) for num_codes in args.num_codes}
     if args.output:
@@ -68,26 +70,41 @@ def main(args):
         record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
         args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
-        plot(results, args.plot)
+        plot(results, args.plot, args.device)
 
 
 def measure(args, num_codes):
-    """{form: {figure: number}}, printed as a table."""
-    rows = {name: {} for name in chosen_forms(args)}
-    for name in rows:
-        rows[name]["extra_mb"] = memory_in_own_process(name, num_codes)
-    for name, times in measure_times(args, num_codes).items():
-        rows[name] |= times
+    """{form: {figure: number}}, printed as a table; "failed" is what a form said that could not run."""
+    forms = chosen_forms(args)
+    rows = {name: {} for name in forms}
+    measure_memory(args, num_codes, rows)
+    measure_times(args, num_codes, forms, rows)
     if args.errors:
         for kind in ("random", "peaked"):
-            for name, error in gradient_errors(args, num_codes, kind).items():
-                rows[name][f"error_{kind}"] = error
+            measure_errors(args, num_codes, kind, forms, rows)
+    time_of, _ = shown_time(args.device)
     for row in rows.values():
-        if BASELINE in rows:
-            time_of = "cpu_ms" if args.device == "cpu" else "wall_ms"
+        if time_of in row and time_of in rows.get(BASELINE, {}):
             row["ratio"] = row[time_of] / rows[BASELINE][time_of]
     print(f"B {args.batch_size}, {args.views} views, F {args.dim}, K {num_codes}\n\n{table(rows)}\n", flush=True)
+    for name, row in rows.items():
+        if "failed" in row:
+            print(f"{name} failed: {row['failed']}", flush=True)
     return rows
+
+
+@contextlib.contextmanager
+def noting_failure(row):
+    """A form that fails says so in its row, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error).strip()}"
+
+
+def shown_time(device):
+    """(figure, what it is): the time that is compared and drawn."""
+    return ("cpu_ms", "CPU time, ms") if device == "cpu" else ("wall_ms", "time on the GPU, ms")
 
 
 # ---- the forms: each maps (views, codes, tau) to the loss ------------------------------------------------------------
@@ -215,23 +232,31 @@ def gradients(form, views, codes, tau):
     return torch.autograd.grad(form(views, codes, tau), views)
 
 
-def measure_times(args, num_codes):
-    forms = chosen_forms(args)
+def measure_times(args, num_codes, forms, rows):
     inputs = {kind: make_inputs(args, num_codes, "random", kind) for kind in {form[:2] for form in forms.values()}}
     cpu, wall = {n: [] for n in forms}, {n: [] for n in forms}
     for repeat in range(args.repeats + 1):
         for name, (*kind, form) in forms.items():
-            synchronize(args.device)
-            start = time.process_time(), time.perf_counter()
-            gradients(form, *inputs[tuple(kind)])
-            synchronize(args.device)
-            if repeat > 0:
-                cpu[name].append(1000 * (time.process_time() - start[0]))
-                wall[name].append(1000 * (time.perf_counter() - start[1]))
-    return {
-        n: {"cpu_ms": statistics.median(cpu[n]), "cpu_ms_min": min(cpu[n]), "wall_ms": statistics.median(wall[n])}
-        for n in forms
-    }
+            if "failed" in rows[name]:
+                continue
+            with noting_failure(rows[name]):
+                times = time_once(args.device, form, inputs[tuple(kind)])
+                if repeat > 0:
+                    cpu[name].append(times[0])
+                    wall[name].append(times[1])
+    for name, row in rows.items():
+        if "failed" not in row:
+            row["cpu_ms"], row["cpu_ms_min"] = statistics.median(cpu[name]), min(cpu[name])
+            row["wall_ms"] = statistics.median(wall[name])
+
+
+def time_once(device, form, inputs):
+    """(CPU time, wall time) in ms."""
+    synchronize(device)
+    start = time.process_time(), time.perf_counter()
+    gradients(form, *inputs)
+    synchronize(device)
+    return 1000 * (time.process_time() - start[0]), 1000 * (time.perf_counter() - start[1])
 
 
 def synchronize(device):
@@ -239,26 +264,50 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def measure_memory(args, num_codes, rows):
+    for name, row in rows.items():
+        with noting_failure(row):
+            if args.device == "cuda":
+                row["extra_mb"] = peak_on_gpu(*form_and_inputs(args, num_codes, name))
+            else:
+                row["extra_mb"] = memory_in_own_process(name, num_codes)
+
+
 def memory_in_own_process(name, num_codes):
     command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:]]
-    command += ["--memory_of", name, "--num_codes", str(num_codes)]
+    return json.loads(output_of([*command, "--memory_of", name, "--num_codes", str(num_codes)]))
+
+
+def output_of(command):
+    """What a command prints. Raises RuntimeError with the end of what it said where it fails."""
     # arrays have pages of their own, which freeing gives back: what the form needs, without the holes that glibc leaves
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout
 
 
-def peak_extra_memory(args, num_codes):
-    """MB that one forward and backward adds to the process (Linux) or to the GPU's allocator at its peak."""
-    *kind, form = all_forms(args)[args.memory_of]
+def form_and_inputs(args, num_codes, name):
+    """The form, and its inputs; libraries, the compiler and the authors' dictionary have taken their memory."""
+    *kind, form = all_forms(args)[name]
     inputs = make_inputs(args, num_codes, "random", kind)
-    gradients(form, *inputs)  # libraries and the compiler take their memory
-    if args.memory_of == BASELINE:
+    gradients(form, *inputs)
+    if name == BASELINE:
         float_dictionary(inputs[1].data)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        gradients(form, *inputs)
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return form, inputs
+
+
+def peak_on_gpu(form, inputs):
+    """MB that one forward and backward adds to the GPU's allocator at its peak."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients(form, *inputs)
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def peak_of_process(form, inputs):
+    """MB that one forward and backward adds to this process at its peak (Linux)."""
     release_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = process_memory("VmRSS")
@@ -277,28 +326,34 @@ def process_memory(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024 / 1e6
 
 
-def gradient_errors(args, num_codes, kind):
-    errors, expected = {}, {}
-    for name, (*dictionary, form) in chosen_forms(args).items():
-        views, codes, tau = make_inputs(args, num_codes, kind, dictionary)
-        if dictionary[0] not in expected:
-            exact = [h.detach().double().requires_grad_() for h in views]
-            expected[dictionary[0]] = gradients(partial(dense_loss, prior=args.prior), exact, codes, tau)
-        want = expected[dictionary[0]]
-        scale = max(g.abs().max() for g in want)
-        got = gradients(form, views, codes, tau)
-        errors[name] = max(float((g - w).abs().max() / scale) for g, w in zip(got, want, strict=True))
-    return errors
+def measure_errors(args, num_codes, kind, forms, rows):
+    expected = {}
+    for name, (*dictionary, form) in forms.items():
+        if "failed" in rows[name]:
+            continue
+        with noting_failure(rows[name]):
+            views, codes, tau = make_inputs(args, num_codes, kind, dictionary)
+            if dictionary[0] not in expected:
+                exact = [h.detach().double().requires_grad_() for h in views]
+                expected[dictionary[0]] = gradients(partial(dense_loss, prior=args.prior), exact, codes, tau)
+            rows[name][f"error_{kind}"] = error(gradients(form, views, codes, tau), expected[dictionary[0]])
 
 
-def plot(results, path):
+def error(got, want):
+    """Largest error of an entry, relative to the largest entry."""
+    scale = max(g.abs().max() for g in want)
+    return max(float((g - w).abs().max() / scale) for g, w in zip(got, want, strict=True))
+
+
+def plot(results, path, device):
     """Time and memory of every form against K, on logarithmic axes."""
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     names = list(next(iter(results.values())))
-    for axis, key, label in zip(axes, ("cpu_ms", "extra_mb"), ("CPU time, ms", "peak extra memory, MB"), strict=True):
+    for axis, (key, label) in zip(axes, (shown_time(device), ("extra_mb", "peak extra memory, MB")), strict=True):
         for i, name in enumerate(names):
             style = {"color": pyplot.cm.viridis(i / len(names)), "marker": "osv^Dx*+P"[i % 9]}
-            axis.plot(list(results), [rows[name][key] for rows in results.values()], label=name, **style)
+            heights = [rows[name].get(key, math.nan) for rows in results.values()]  # nan: the form failed
+            axis.plot(list(results), heights, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="codes K", ylabel=f"{label} (forward and backward)")
         axis.set_xticks(list(results), [f"{num_codes:,}" for num_codes in results])
         axis.xaxis.minorticks_off()
@@ -309,11 +364,16 @@ def plot(results, path):
 
 def table(rows):
     head = ["form", "CPU ms", "wall ms", "to authors'", "extra MB", "error, random", "error, peaked"]
-    keys = [("cpu_ms", ".0f"), ("wall_ms", ".0f"), ("ratio", ".3f"), ("extra_mb", ".1f")]
-    keys += [("error_random", ".1e"), ("error_peaked", ".1e")]
+    keys = [("cpu_ms", three_digits), ("wall_ms", three_digits), ("ratio", "{:.3f}".format)]
+    keys += [("extra_mb", "{:.1f}".format), ("error_random", "{:.1e}".format), ("error_peaked", "{:.1e}".format)]
     lines = [head, ["---"] * len(head)]
-    lines += [[name, *(format(row[k], f) if k in row else "" for k, f in keys)] for name, row in rows.items()]
+    lines += [[name, *(write(row[k]) if k in row else "" for k, write in keys)] for name, row in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def three_digits(x):
+    """983.4 -> 983, 9.834 -> 9.83, 0.09834 -> 0.0983."""
+    return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if x > 0 else "0"
 
 
 def machine():

@@ -69,6 +69,17 @@ SHAPES = {
     ("gradient", "local", "sm_80"): Shape(128, 32, 64, 192, 8, 3),
     ("gradient", "local", "sm_90"): Shape(128, 32, 64, 256, 8, 3),
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):  # found by compiling with 3.6; the rest are the same
+    SHAPES |= {
+        ("statistics", "whole", "sm_80", "bits"): Shape(128, 32, 64, 192, 8, 3),
+        ("statistics", "whole", "sm_90"): Shape(128, 32, 64, 0, 8, 2),
+        ("statistics", "split", "sm_80", "seed"): Shape(128, 32, 64, 192, 8, 3),
+        ("gradient", "whole", "sm_80", "bits"): Shape(128, 32, 64, 192, 8, 3),
+        ("gradient", "whole", "sm_80", "seed"): Shape(128, 32, 64, 192, 8, 3),
+        ("gradient", "whole", "sm_90"): Shape(64, 32, 64, 0, 8, 3),
+        ("gradient", "split", "sm_90"): Shape(128, 32, 64, 256, 8, 3),
+        ("gradient", "local", "sm_80"): Shape(128, 32, 64, 192, 8, 2),
+    }
 SMALL_SHAPE = Shape(32, 32, 32, 32, 4, 2)  # float32, which has no tensor cores, and GPUs with less shared memory
 SHARED_MEMORY = 163 * 1024  # bytes a block may have on sm_80; less: SMALL_SHAPE
 

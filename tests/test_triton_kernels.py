@@ -4,6 +4,7 @@ This file is also the program that runs in the interpreter, whose flag must be s
 TRITON_INTERPRET=1 python tests/test_triton_kernels.py OUT computes every case below and stores the errors in OUT.
 """
 
+import importlib.metadata
 import itertools
 import math
 import os
@@ -23,10 +24,10 @@ from dictionary import STORAGES, Dictionary, rademacher_codes
 FLOAT32_LIMIT, BFLOAT16_LIMIT = 1e-5, 1e-2  # errors, relative to the largest entry
 SHAPES = {"whole": (32, 64, 32, 0, 4, 2), "split": (16, 32, 32, 32, 4, 2)}  # of triton_kernels.Shape
 SIZES = {  # B, F, K, standard deviation of the logits, local views, shares
-    "odd": (19, 40, 333, 3.0, False, 2),
-    "odd-local": (9, 40, 333, 3.0, True, 3),
-    "even": (16, 64, 192, 3.0, False, 3),
-    "large": (5, 33, 200, 60.0, True, 1),
+    "odd": (19, 40, 101, 3.0, False, 2),
+    "odd-local": (9, 40, 101, 3.0, True, 3),
+    "even": (16, 64, 96, 3.0, False, 3),
+    "large": (5, 33, 70, 60.0, True, 1),
 }
 CASES = {"-".join(case): case for case in itertools.product(STORAGES, SIZES, SHAPES)}
 
@@ -95,7 +96,7 @@ def errors_of_the_loss(storage, prior, num_views, device="cpu", dtype=torch.floa
     from cplearn_head import code_temperature, cplearn_loss
     from fused_loss import fused_cplearn_loss
 
-    batch_size, dim, num_codes = 9, 40, 333
+    batch_size, dim, num_codes = 9, 40, 101
     generator = torch.Generator().manual_seed(num_views)
     codes = Dictionary(dim, num_codes, seed=7, storage=storage).to(device)
     noise = torch.randn(num_views, batch_size, dim, generator=generator)
@@ -106,6 +107,7 @@ def errors_of_the_loss(storage, prior, num_views, device="cpu", dtype=torch.floa
     value, _ = fused_cplearn_loss(views, codes, *settings, impl="triton", compute_dtype=dtype)
     expected, _ = cplearn_loss(exact, codes, *settings)
     got, want = torch.autograd.grad(value, views), torch.autograd.grad(expected, exact)
+    value, expected = value.detach(), expected.detach()
     scale = max(g.abs().max() for g in want)
     gradient = max(float((g - w).abs().max() / scale) for g, w in zip(got, want, strict=True))
     return {"value": float((value - expected).abs() / expected.abs()), "gradient": gradient}
@@ -114,8 +116,18 @@ def errors_of_the_loss(storage, prior, num_views, device="cpu", dtype=torch.floa
 # ---- in the interpreter ----------------------------------------------------------------------------------------------
 
 
+def version_of(package):
+    return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
+    triton, numpy = (version_of(package) for package in ("triton", "numpy"))
+    if triton < (3, 8) and numpy >= (2, 4):
+        pytest.skip(
+            f"Triton {triton} and numpy {numpy}: before 3.8 Triton's interpreter takes int() of arrays of one element, "
+            "which numpy refuses from 2.4 on"
+        )
     out = tmp_path_factory.mktemp("interpreter") / "errors.pt"
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, __file__, out], env=environment, capture_output=True, text=True)
@@ -189,7 +201,7 @@ def test_every_shape_compiles(tmp_path, monkeypatch, kernel, has_local, dim, sto
     found = compiled(tmp_path, monkeypatch, kernel, has_local, dim, storage, arch, even)
     assert INSTRUCTION[arch] in found.ptx
     assert found.shared <= SHARED_MEMORY[arch]
-    assert found.spilled == 0 or not even  # masks take registers: up to 52 bytes
+    assert found.spilled == 0 or not even  # masks take registers
 
 
 def compiled(tmp_path, monkeypatch, kernel, has_local, dim, storage, arch, even):
@@ -256,6 +268,17 @@ def test_kernels_equal_the_formulas_on_a_gpu(storage, dim, has_local, dtype):
         assert max(found.values()) < limit(size, dtype), found
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_equals_its_definition_on_a_gpu(case, dtype):
+    found = errors_of_the_loss(*case, device="cuda", dtype=dtype)
+    assert max(found.values()) < (FLOAT32_LIMIT if dtype == torch.float32 else BFLOAT16_LIMIT), found
+
+
+# ---- wrong inputs ----------------------------------------------------------------------------------------------------
+
+
 def test_wrong_inputs_stop():
     from fused_loss import triton_kernels as kernels
 
@@ -275,11 +298,3 @@ def test_wrong_inputs_stop():
 
 if __name__ == "__main__":
     run_in_interpreter(sys.argv[1])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", LOSSES)
-def test_loss_equals_its_definition_on_a_gpu(case, dtype):
-    found = errors_of_the_loss(*case, device="cuda", dtype=dtype)
-    assert max(found.values()) < (FLOAT32_LIMIT if dtype == torch.float32 else BFLOAT16_LIMIT), found
