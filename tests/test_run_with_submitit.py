@@ -56,6 +56,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def batch_script(capsys, *words):
+    pytest.importorskip("submitit")
     assert launch("--dry_run", *words) == 0
     return capsys.readouterr().out
 
@@ -125,6 +126,7 @@ def test_no_flag_of_the_launcher_is_a_scripts(script):
 
 
 def test_what_a_user_is_told(slurm, tmp_path, capsys):
+    pytest.importorskip("submitit")
     slurm()
     assert launch("--ngpus", 1, "--output_dir", tmp_path / "run") == 0
     said = capsys.readouterr().out
@@ -182,6 +184,7 @@ def test_a_mistake_is_one_line_and_nothing_is_submitted(slurm, tmp_path, monkeyp
     ],
 )
 def test_a_cluster_that_refuses_is_one_line(slurm, tmp_path, capsys, commands, words, said):
+    pytest.importorskip("submitit")
     slurm(**commands)
     assert launch(*words.split(), "--output_dir", tmp_path / "run") == 2
     error = capsys.readouterr().err
@@ -264,8 +267,9 @@ def test_what_an_earlier_start_left_is_not_taken_for_this_ones(tmp_path, capsys)
     assert {path.name for path in jobs.iterdir()} == {"5_requeues.txt", "55_1_result.pkl"}
 
 
-def end_batch(tmp_path, capsys, code, ends, state):
-    """Run the batch script of job 5 -> its exit code, the calls of `scontrol requeue` so far, and its notes."""
+def end_batch(tmp_path, capsys, code, ends, state, srun=""):
+    """Run the batch script of job 5, and `srun` in it -> its exit code, the calls of `scontrol requeue` so far, and its
+    notes."""
     jobs = tmp_path / "run" / "slurm"
     jobs.mkdir(parents=True, exist_ok=True)
     text = batch_script(capsys, "--max_requeues", 2, "--output_dir", tmp_path / "run").split("exit $code\n\n")[0]
@@ -277,7 +281,7 @@ def end_batch(tmp_path, capsys, code, ends, state):
         leave += [f"echo {number} {rank} > {jobs}/5_{rank}_end.txt", "sleep 0.02"]
     path = pretend(
         tmp_path,
-        srun="\n".join([*leave, f"exit {code}"]),
+        srun="\n".join([srun, *leave, f"exit {code}"]),
         scontrol=f'[ $1 = show ] && echo "{state}" || echo "$@" >> {tmp_path}/requeues',
     )
     batch = tmp_path / "batch.sh"
@@ -351,6 +355,7 @@ def test_debug_runs_in_this_process(pictures, tmp_path):
 
 @pytest.mark.slow
 def test_local_runs_all_processes_and_passes_on_their_exit_code(pictures, tmp_path, capsys):
+    pytest.importorskip("submitit")
     words = flags(pictures, tmp_path / "run", processes=2, max_steps=2)
     assert launch("--cluster", "local", "--ngpus", 2, *words) == 0
     said = capsys.readouterr().out
@@ -359,3 +364,52 @@ def test_local_runs_all_processes_and_passes_on_their_exit_code(pictures, tmp_pa
     assert (tmp_path / "run" / "checkpoint.pth").exists()
     assert launch("--cluster", "local", "--ngpus", 1, *words, "--arch", "vit_tiny", "--patch_size", 7) == 2
     assert launch("--cluster", "local", "--ngpus", 1, *words, "--setup", f"kill -{signal.SIGKILL:d} $$") != 0
+
+
+# ---- inside another job, and without submitit ------------------------------------------------------------------------
+
+
+def test_a_job_submitted_from_a_job_is_not_told_of_it(slurm, tmp_path, monkeypatch):
+    """sbatch hands its environment on; what a user has set for SLURM itself stays."""
+    pytest.importorskip("submitit")
+    others = {"SLURM_RESTART_COUNT": "2", "SLURM_MEM_PER_CPU": "1000", "SLURM_JOB_ID": "3", "RANK": "1",
+              "WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "1", "CPLEARN_RESTART_COUNT": "1"}  # fmt: skip
+    own = {"SLURM_CONF": "/etc/other.conf", "SBATCH_ACCOUNT": "mine"}
+    for name, value in (others | own).items():
+        monkeypatch.setenv(name, value)
+    slurm(sbatch=f"env > {tmp_path}/seen; echo Submitted batch job 77")
+    assert launch("--ngpus", 1, "--output_dir", tmp_path / "run") == 0
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+    assert not others.keys() & seen.keys() and own.items() <= seen.items()
+    assert others.items() <= os.environ.items()
+
+
+@pytest.mark.parametrize("script", ["main_cplearn", "eval_knn"])
+def test_a_job_that_asks_for_gpus_uses_them(tmp_path, capsys, script):
+    words = ["--script", script, "--output_dir", tmp_path, *(["--checkpoint", "c.pth"] if script == "eval_knn" else [])]
+    assert batch_script(capsys, *words).endswith("--device cuda\n")
+    for given in (["--device", "auto"], ["--device=auto"]):
+        assert "cuda" not in batch_script(capsys, *words, *given)
+
+
+def test_what_srun_said_is_noted_where_no_process_began(tmp_path, capsys):
+    jobs = tmp_path / "run" / "slurm"
+    jobs.mkdir(parents=True)
+    log = jobs / "5_0_log.err"
+    log.write_text("srun: of an earlier start\n")
+    said = "srun: fatal: SLURM_MEM_PER_CPU and SLURM_MEM_PER_NODE are mutually exclusive."
+    result, requeues, noted = end_batch(tmp_path, capsys, 1, {}, RUNNING, srun=f"echo '{said}' >> {log}")
+    assert (result, requeues) == (1, []) and noted.endswith(f"exit code 1: stopped: {said}\n")
+    assert end_batch(tmp_path, capsys, 1, {}, RUNNING)[2].endswith("exit code 1: stopped\n")
+
+
+def test_without_submitit_flags_are_checked_and_one_line_says_what_is_missing(slurm, tmp_path, monkeypatch, capsys):
+    slurm()
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert launch("--help") == 0
+    capsys.readouterr()
+    for more in ([], ["--dry_run"], ["--cluster", "local"]):
+        assert launch("--output_dir", tmp_path / "run", *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "submitit" in error and "requirements.txt" in error
+    assert launch("--dry_run", "--cluster", "debug", "--output_dir", tmp_path / "run") == 0

@@ -3,10 +3,11 @@
 import random
 import re
 import signal
+import threading
 from functools import partial
 
 import pytest
-from injection import at_call, hang, in_turn, send
+from injection import at_call, hang, in_turn, replace, send
 
 from checkpoint import load_checkpoint
 from runs import STEPS, assert_same_run, flags, run_to_end
@@ -150,3 +151,24 @@ def test_a_signal_is_heard_while_a_collective_blocks(folder, undisturbed, launch
 def say_and_hang():
     print("hangs now", flush=True)
     hang()
+
+
+# ---- not the main thread ---------------------------------------------------------------------------------------------
+
+
+def in_a_thread():
+    def wrap(train):
+        def wrapped(args):
+            thread = threading.Thread(target=train, args=(args,))
+            thread.start()
+            thread.join()
+
+        return wrapped
+
+    replace("main_cplearn.train", wrap)
+
+
+def test_a_run_in_a_thread_goes_on_without_signals(folder, undisturbed, tmp_path):
+    said = run_to_end(flags(folder, tmp_path / "cut"), tmp_path, faults={0: in_a_thread})
+    assert "note: not in the main thread" in said and "Traceback" not in said
+    assert_same_run(tmp_path / "cut", undisturbed())
