@@ -36,7 +36,7 @@ from augmentation import (
     uniform,
     view_draws,
 )
-from images import DATASETS, BadImage, FolderImages, first_line
+from images import DATASETS, BadImage, FolderImages, add_image_arguments, first_line
 from utils import Number, RunFailed, UserError
 
 
@@ -70,6 +70,7 @@ def add_dataset_arguments(parser):
         "file with one path per line; train/ and val/ (or test/) in it are found. Other data sets: where their files "
         "are, or where to download them to",
     )
+    add_image_arguments(parser)
     add(
         "--class_list",
         default=None,

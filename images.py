@@ -1,7 +1,8 @@
-"""Where images come from and how they are decoded: small sets in memory, folders and lists of files.
+"""Where images come from: small sets in memory, folders and lists of files.
 
-    images = open_dataset(args, split)                   # .labels, .classes, len(); pixels on demand
-    load_image("cat.jpg")                                # uint8 (3, H, W), upright
+    images = open_dataset(args, split)                   # .labels, .classes, len(), .summary; pixels on demand
+    images = open_folder("imagenet", "train")            # the same without flags
+    load_image("cat.jpg")                                # uint8 (3, H, W), upright: decoding.py
 
 Shapes: N images of a set, C channels, H x W px.
 """
@@ -10,21 +11,22 @@ import fcntl
 import functools
 import gzip
 import hashlib
-import io
 import os
-import stat
-import warnings
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
+import utils
 from augmentation import match_channels
+from decoding import BadImage, first_line, load_image, used_range
+from folders import enumeration, find_images, read_text
 from utils import UserError
+
+__all__ = ["BadImage", "first_line", "load_image"]
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -38,11 +40,23 @@ DATASETS = {
 }
 
 
+def add_image_arguments(parser):
+    parser.add_argument(
+        "--value_range",
+        type=utils.Number(float),
+        nargs=2,
+        default=None,
+        metavar=("LOW", "HIGH"),
+        help="raw values that become black and white in images of more than 8 bits, such as 0 4095 for 12 bits kept in "
+        "16; floats, 32-bit and signed integers need it. Default: 0 65535 for 16 bits",
+    )
+
+
 # Data sets ------------------------------------------------------------------------------------------------------------
 
 
 def open_dataset(args, split="train"):
-    """The images that --dataset, --data_path and --class_list name.
+    """The images that --dataset, --data_path and --class_list name; the first process says in one line what they are.
 
     split: "train", or "val" for those to evaluate on: the test set of the small sets, the folder val/ (or test/) beside
     train/. Returns FolderImages or ArrayImages. Raises UserError if they cannot be found or read, with where they were
@@ -51,17 +65,54 @@ def open_dataset(args, split="train"):
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
     if args.dataset == "imagefolder":
-        images = open_folder(args.data_path, split)
+        images = open_folder(args.data_path, split, check_range(getattr(args, "value_range", None)))
     else:
         images = open_small_set(args.dataset, args.data_path, split)
-    return keep_classes(images, args.class_list) if args.class_list else images
+    if args.class_list:
+        images = keep_classes(images, args.class_list)
+    if utils.rank() == 0:
+        print("\n".join([f"{split}: {images.summary}", *images.notes()]), file=sys.stderr)  # stdout is for tables
+    return images
+
+
+def open_folder(path, split="train", value_range=None):
+    """FolderImages of a split of a folder, or of a text file that lists images; see folders.py and `load_image`."""
+    found = find_images(path, split)
+    remarks = [f"of {found.place}", *found.remarks]
+    images = FolderImages(found.root, found.names, found.labels, found.classes, value_range, remarks)
+    if not any(images.look_at_some(20)):
+        raise UserError(f"--data_path {path}: none of its images is there, such as {images.name(0)}")
+    return images
+
+
+def check_range(value_range):
+    """--value_range as a tuple, or None. Raises UserError."""
+    if value_range is None:
+        return None
+    low, high = value_range
+    if not (low < high):
+        raise UserError(f"--value_range {low:g} {high:g}: expected two numbers, the lower one first")
+    return low, high
+
+
+def check_same_classes(train_images, val_images):
+    """Raises UserError where labels of two sets do not mean the same: they count the classes of each set."""
+    train, val = train_images.classes, val_images.classes
+    if train == val:
+        return
+    only = {"train": sorted(set(train or ()) - set(val or ())), "val": sorted(set(val or ()) - set(train or ()))}
+    differ = [f"only in {split}: {enumeration(names)}" for split, names in only.items() if names]
+    raise UserError(
+        f"train and val have different class folders, {len(train or ())} and {len(val or ())} ({'; '.join(differ)}): "
+        "see --data_path, and --class_list, which keeps those that both have"
+    )
 
 
 class FolderImages:
     """Image files on disk, read when they are needed.
 
-    len(); .labels int64 (N,) or None; .classes names or None; .channels; .fingerprint of the names in their order and
-    of some files' sizes;
+    len(); .labels int64 (N,) or None; .classes names or None; .channels; .fingerprint of the names in their order, of
+    some files' sizes and of value_range; .summary one line; .notes() lines on what looks wrong;
     .name(i); .load(i, channels) -> uint8 (channels, H, W), raises BadImage.
     The names are one array of bytes: a list of 1.3 million str would be copied into every worker, page by page, as
     soon as its reference counts change.
@@ -69,9 +120,11 @@ class FolderImages:
 
     channels = 3
 
-    def __init__(self, root, names, labels=None, classes=None):
-        """root: folder. names: list of bytes, relative to root or absolute."""
+    def __init__(self, root, names, labels=None, classes=None, value_range=None, remarks=()):
+        """root: folder. names: list of bytes, relative to root or absolute. value_range: see `load_image`. remarks: for
+        the summary, first where the images are."""
         self.root, self.labels, self.classes = os.fsencode(root), labels, classes
+        self.value_range, self.remarks = value_range, list(remarks)
         self.ends = np.cumsum([len(name) for name in names])
         self.bytes = np.frombuffer(b"".join(names), np.uint8)
 
@@ -80,6 +133,8 @@ class FolderImages:
         digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))  # the names with a zero between two
         for status in self.look_at_some():
             digest.update(b"%d " % (status.st_size if status else -1))
+        if self.value_range:
+            digest.update(b"%r" % (self.value_range,))
         return digest.hexdigest()[:16]
 
     def look_at_some(self, most=1000):
@@ -90,6 +145,24 @@ class FolderImages:
             except OSError:
                 yield None
 
+    @property
+    def summary(self):
+        return f"{count(self)} {'; '.join(self.remarks)}"
+
+    def notes(self, most=16):
+        """Says whether the images of more than 8 bits, among some, leave most of their range unused."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
+        ranges = [found for found in map(used_range, map(self.path, chosen)) if found]
+        if self.value_range or not ranges:
+            return []
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        if high - low >= 65535 / 10:
+            return []
+        return [
+            f"note: {len(ranges)} of {len(chosen)} images looked at have 16 bits, with values from {low} to {high} "
+            f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white"
+        ]
+
     def __len__(self):
         return len(self.ends)
 
@@ -99,8 +172,11 @@ class FolderImages:
     def name(self, index):
         return os.path.join(self.root, self.relative_name(index)).decode("utf-8", "backslashreplace")
 
+    def path(self, index):
+        return os.fsdecode(os.path.join(self.root, self.relative_name(index)))
+
     def load(self, index, channels=3):
-        return load_image(os.fsdecode(os.path.join(self.root, self.relative_name(index))), channels)
+        return load_image(self.path(index), channels, self.value_range)
 
 
 class ArrayImages:
@@ -108,17 +184,30 @@ class ArrayImages:
 
     def __init__(self, name, data, labels=None, classes=None):
         self.set_name, self.data, self.labels, self.classes = name, data.contiguous(), labels, classes
+        self.summary = f"{count(self)} of {name}"
         self.channels = data.shape[1]
         self.fingerprint = hashlib.sha256(self.data.numpy()).hexdigest()[:16]
 
     def __len__(self):
         return len(self.data)
 
+    def notes(self):
+        return []
+
     def name(self, index):
         return f"{self.set_name}[{index}]"
 
     def load(self, index, channels=3):
         return match_channels(self.data[index : index + 1], channels)[0]
+
+
+def count(images):
+    """ "60 images in 2 classes (cat, dog)" """
+    number = f"{len(images)} image{'s' * (len(images) != 1)}"
+    if images.classes is None:
+        return f"{number} without labels"
+    names = f" ({enumeration(images.classes)})" if len(images.classes) <= 5 else ""
+    return f"{number} in {len(images.classes)} class{'es' * (len(images.classes) != 1)}{names}"
 
 
 def keep_classes(images, class_list):
@@ -136,113 +225,12 @@ def keep_classes(images, class_list):
     classes = [name for name in images.classes if name in names]
     new_label = np.array([classes.index(name) if name in names else -1 for name in images.classes])[images.labels]
     kept = np.flatnonzero(new_label >= 0)
-    if len(kept) == 0:
-        raise UserError(f"--class_list {class_list}: the folders of its {len(names)} classes hold no images")
     if isinstance(images, FolderImages):
-        return FolderImages(
-            os.fsdecode(images.root), [images.relative_name(index) for index in kept], new_label[kept], classes
-        )
+        root, paths = os.fsdecode(images.root), [images.relative_name(index) for index in kept]
+        left_out = f"{len(images.classes) - len(classes)} classes left out by --class_list {class_list}"
+        remarks = [*images.remarks, left_out]
+        return FolderImages(root, paths, new_label[kept], classes, images.value_range, remarks)
     return ArrayImages(images.set_name, images.data[torch.from_numpy(kept)], new_label[kept], classes)
-
-
-def read_text(path, flag):
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
-
-
-# Folders --------------------------------------------------------------------------------------------------------------
-
-# torchvision's, without .gif-like rarities; a text file may name any file of FORMATS
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-def open_folder(data_path, split):
-    if data_path is None:
-        raise UserError(
-            "--dataset imagefolder needs --data_path: a folder of images, or a text file with one path per line"
-        )
-    root = Path(data_path)
-    try:
-        is_list = root.is_file()
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        raise UserError(f"--data_path {data_path} is no path: {error}") from None
-    if is_list:
-        if split == "val":
-            raise UserError(f"--data_path {data_path} is a list of images, without a validation part: give a folder")
-        return open_list(root)
-    root = split_folder(root, split)
-    names, folders = scan(os.fsencode(root))
-    if not names:
-        raise UserError(f"no images in {root}: looked in it and the folders below for {' '.join(EXTENSIONS)}")
-    tops = [name.split(b"/", 1)[0] if b"/" in name else None for name in names]
-    if None in tops or len(set(tops)) < 2:  # images beside folders, or all in one folder: not classes
-        return FolderImages(root, names)
-    label = {folder: number for number, folder in enumerate(folders)}
-    return FolderImages(
-        root, names, np.array([label[top] for top in tops], np.int64), [os.fsdecode(folder) for folder in folders]
-    )
-
-
-def open_list(path):
-    """One path per line, relative to the list's own folder or absolute."""
-    names = [os.fsencode(line.strip()) for line in read_text(path, "--data_path").splitlines() if line.strip()]
-    if not names:
-        raise UserError(f"--data_path {path} names no image: expected one path per line")
-    return FolderImages(path.parent, names)
-
-
-def split_folder(root, split):
-    """root/train or root itself; root/val, root/test, or those beside a root that is itself called train."""
-    if split == "train":
-        return root / "train" if (root / "train").is_dir() else root
-    parent = root.parent if root.name == "train" and not (root / "val").is_dir() else root
-    tried = [parent / "val", parent / "test"]
-    for folder in tried:
-        if folder.is_dir():
-            return folder
-    raise UserError(f"no validation images for --data_path {root}: looked for {' and '.join(map(str, tried))}")
-
-
-def leads_to_folder(entry):
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself: a bad image, if it is named as one
-        return False
-
-
-def scan(root):
-    """(names of all images below root, relative to it, names of the folders in root), sorted, as bytes.
-
-    Links are followed, but not one that leads back to a folder it is in. A broken link counts as an image, a bad one:
-    dropping it would be silent. Hidden files and folders are passed over.
-    """
-    names, top_folders = [], []
-
-    def visit(folder, prefix, ancestors):
-        try:
-            identity = os.stat(folder)
-            with os.scandir(folder) as entries:
-                shown = [entry for entry in entries if not entry.name.startswith(b".")]
-                entries = sorted((entry.name, leads_to_folder(entry)) for entry in shown)
-        except OSError as error:
-            raise UserError(
-                f"folder {os.fsdecode(folder)} cannot be read: {error.strerror}; see --data_path"
-            ) from error
-        identity = (identity.st_dev, identity.st_ino)
-        if identity in ancestors:
-            return
-        for name, is_folder in entries:
-            if is_folder:
-                if not prefix:
-                    top_folders.append(name)
-                visit(os.path.join(folder, name), prefix + name + b"/", ancestors | {identity})
-            elif os.path.splitext(name)[1].lower().decode("ascii", "replace") in EXTENSIONS:
-                names.append(prefix + name)
-
-    visit(root, b"", frozenset())
-    return names, top_folders
 
 
 # Small sets -----------------------------------------------------------------------------------------------------------
@@ -304,7 +292,7 @@ def find_idx(path):
     return next((found for found in (path, path.with_name(path.name + ".gz")) if found.is_file()), None)
 
 
-LARGEST_IDX = 2**26  # bytes, inflated; the training images are 47 million
+LARGEST_IDX = 2**26  # bytes: a damaged .gz may inflate without end; the training images are 47 million
 
 
 def read_idx(path):
@@ -338,73 +326,3 @@ def torchvision_set(open_set, dataset, root, other_ways=""):
             f"{dataset} is not in {root} and cannot be downloaded ({first_line(error)}): "
             f"give the folder of its files as --data_path{other_ways}"
         ) from error
-
-
-# Decoding -------------------------------------------------------------------------------------------------------------
-
-
-def load_image(path, channels=3):
-    """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
-
-    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; 16-bit gray is scaled to 8 bits,
-    not clipped; alpha is dropped, as in DINO; EXIF orientation is applied; of an animation the first frame.
-    Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
-            return decode(read_file(path), channels)
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:  # PIL's own words name an object in memory
-        raise BadImage(f"not an image of any known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # decoders raise nearly every type there is on a damaged file
-        raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
-
-
-def read_file(path):
-    """The content of a regular file: a pipe would wait for ever, a device has no end."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise BadImage("not a regular file but a directory, pipe or device")
-    return Path(path).read_bytes()
-
-
-# whatever a file is called. Not all that PIL knows: for PostScript it starts the program gs
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "TGA", "ICO")
-
-
-def decode(data, channels):
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        width, height = image.size
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            raise BadImage(
-                f"declares {width} x {height} px, more than PIL's limit of {Image.MAX_IMAGE_PIXELS} px in all"
-            )
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # 3 times faster than PIL
-            mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-            return decode_jpeg(
-                torch.from_numpy(np.frombuffer(data, np.uint8).copy()), mode=mode, apply_exif_orientation=True
-            )
-        pixels = np.array(convert(ImageOps.exif_transpose(image), "RGB" if channels == 3 else "L"))
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).permute(2, 0, 1)
-
-
-EIGHT_BITS = np.rint(np.arange(65536) / 257).astype(np.uint8)  # a table: float64 would take 8 bytes a pixel
-
-
-def convert(image, mode):
-    if image.mode == "F":
-        raise BadImage("32-bit float pixels: their range is not known")
-    if image.mode.startswith("I"):  # 16-bit gray, which PIL would clip at 255
-        image = Image.fromarray(EIGHT_BITS[np.asarray(image).clip(0, 65535)])
-    elif image.mode in ("P", "PA", "LA", "La", "RGBa"):
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-class BadImage(Exception):
-    """A file that is not a whole, readable image."""
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__

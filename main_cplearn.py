@@ -52,7 +52,7 @@ from cplearn_head import CPLearn, CPLearnHead, add_method_arguments
 from evaluation import extract_features
 from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
-from images import ArrayImages, FolderImages, open_dataset
+from images import ArrayImages, FolderImages, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, plot_views, read_together
 from utils import (
     PRECISIONS,
@@ -604,6 +604,7 @@ def open_val(args, images):
     val_images = open_dataset(args, "val")
     if images.labels is None or val_images.labels is None:
         raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
+    check_same_classes(images, val_images)
     return val_images
 
 

@@ -265,10 +265,7 @@ def open_images(models, split, labels_for=None, required=True):
 def open_train_and_val(models, labels_for):
     """Both splits, labelled, of the same classes."""
     train_images, val_images = (open_images(models, split, labels_for) for split in ("train", "val"))
-    if train_images.classes != val_images.classes:  # labels count the folders of a split
-        raise UserError(
-            f"--data_path {models[0].args.data_path}: train and val have different class folders; see --class_list"
-        )
+    image_sets.check_same_classes(train_images, val_images)
     return train_images, val_images
 
 

@@ -71,7 +71,7 @@ def test_bad_files_are_replaced_named_once_and_alike_with_any_number_of_workers(
         assert bad_names == {"03.png", "13.png", "23.png", "33.png"}
         assert loader.num_bad_images == 4
         loader.check_bad_images()
-        lines = capsys.readouterr().out.splitlines()
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cannot read")]
         assert len(lines) == 4 and all(sum(name in line for line in lines) == 1 for name in bad_names)
     for workers in (1, 3):
         assert all(same(a, b) for a, b in zip(epochs[0], epochs[workers], strict=True))

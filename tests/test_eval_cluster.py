@@ -28,6 +28,7 @@ from cplearn_head import CPLearnHead
 from evaluation import clustering
 from evaluation.clustering import clustering_scores, expected_mutual_information, kmeans, mean_features, merge
 from images import ArrayImages
+from pictures import but_what_was_opened
 from utils import UserError
 
 
@@ -458,7 +459,7 @@ def test_command_stops_with_one_line(folder, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command(folder, *(flag.format(folder=folder) for flag in flags))
     assert stop.value.code == 2
-    error = capsys.readouterr().err
+    error = but_what_was_opened(capsys.readouterr().err)
     assert error.startswith("error: ")
     assert message.format(folder=folder) in error
     assert error.count("\n") == 1

@@ -14,6 +14,7 @@ from backbones import build_backbone
 from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, loss_lower_bound, within_code_variance
 from evaluation import collapse_figures
 from monitor import rankme
+from pictures import but_what_was_opened
 
 ARGS = {
     "arch": "resnet8", "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "imagefolder",
@@ -245,5 +246,5 @@ def test_command_stops_with_one_line(folder, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         eval_collapse.main([*map(str, first), *(flag.format(folder=folder) for flag in flags)])
     assert stop.value.code == 2
-    error = capsys.readouterr().err
+    error = but_what_was_opened(capsys.readouterr().err)
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

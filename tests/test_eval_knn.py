@@ -14,6 +14,7 @@ import evaluation
 from backbones import build_backbone
 from evaluation import knn
 from evaluation.knn import knn_accuracy, knn_classify
+from pictures import but_what_was_opened
 from utils import UserError
 
 
@@ -257,7 +258,7 @@ def test_command_stops_with_one_line(run, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         eval_knn.main([*first, "--num_workers", "0", *(flag.format(folder=folder) for flag in flags)])
     assert stop.value.code == 2
-    error = capsys.readouterr().err
+    error = but_what_was_opened(capsys.readouterr().err)
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1

@@ -19,7 +19,7 @@ import pretrained
 from backbones import build_backbone
 from evaluation import linear_probe
 from images import ArrayImages, open_dataset
-from pictures import make_args, photographs
+from pictures import but_what_was_opened, make_args, photographs
 
 NUM_CLASSES, TRAIN, VAL = 6, 10, 4  # images per class
 
@@ -398,7 +398,7 @@ def assert_one_line(argv, message, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         eval_linear.main(argv)
-    error = capsys.readouterr().err
+    error = but_what_was_opened(capsys.readouterr().err)
     assert stop.value.code == 2
     assert message in error
     assert error.startswith("error: ")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageOps
 
 import data
 import images as images_module
 import pictures
-from images import DEBIAN_FASHION_MNIST, ArrayImages, BadImage, FolderImages, load_image, open_dataset
+import utils
+from images import DEBIAN_FASHION_MNIST, ArrayImages, FolderImages, check_same_classes, open_dataset
 from pictures import folder_args, make_args, picture, write
 from utils import UserError
 
@@ -24,128 +24,6 @@ from utils import UserError
 @pytest.fixture(scope="module")
 def class_folders(tmp_path_factory):
     return pictures.write_class_folders(tmp_path_factory.mktemp("classes"))
-
-
-# Files
-
-
-def jpeg_with_orientation(path, pixels, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return write(path, pixels, exif=exif, quality=95)
-
-
-RGB, GRAY = picture(40, 56), picture(40, 56, 1)
-ALPHA = np.dstack([RGB, picture(40, 56, 1, seed=1)])
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "options", "tolerance"),
-    [
-        ("rgb.jpg", Image.fromarray(RGB), {"quality": 95}, 12),
-        ("gray.jpg", Image.fromarray(GRAY), {"quality": 95}, 12),
-        ("progressive.jpg", Image.fromarray(RGB), {"quality": 95, "progressive": True}, 12),
-        ("cmyk.jpg", Image.fromarray(RGB).convert("CMYK"), {"quality": 95}, 20),
-        ("rgb.png", Image.fromarray(RGB), {}, 0),
-        ("gray.png", Image.fromarray(GRAY), {}, 0),
-        ("alpha.png", Image.fromarray(ALPHA), {}, 0),
-        ("gray_alpha.png", Image.fromarray(np.dstack([GRAY, GRAY]), "LA"), {}, 0),
-        ("bits.png", Image.fromarray(GRAY).convert("1"), {}, None),
-        ("palette.png", Image.fromarray(RGB).quantize(64), {}, None),
-        ("palette_clear.png", Image.fromarray(RGB).quantize(64), {"transparency": bytes(range(64))}, None),
-        ("sixteen.png", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("sixteen.tif", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("sixteen.pgm", Image.fromarray(GRAY.astype(np.uint16) * 257), {}, 0),
-        ("lossless.webp", Image.fromarray(RGB), {"lossless": True}, 0),
-        ("alpha.webp", Image.fromarray(ALPHA), {"lossless": True, "exact": True}, 0),
-        ("cmyk.tif", Image.fromarray(RGB).convert("CMYK"), {}, 0),
-        ("rgb.bmp", Image.fromarray(RGB), {}, 0),
-        ("rgb.ppm", Image.fromarray(RGB), {}, 0),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_format_comes_out_as_rgb(tmp_path, name, image, options, tolerance):
-    """Equal to what was written, within the loss of the format; tolerance None: to PIL's own conversion."""
-    image.save(tmp_path / name, **options)
-    source = RGB if image.mode in ("RGB", "RGBA", "CMYK") else np.dstack([GRAY] * 3)
-    reference = np.asarray(image.convert("RGB")) if tolerance is None else source
-    loaded = load_image(tmp_path / name)
-    assert loaded.dtype == torch.uint8 and tuple(loaded.shape) == (3, 40, 56)
-    assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - reference).max() <= (tolerance or 0)
-    if "sixteen" not in name:
-        pil = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-        assert np.abs(loaded.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 2
-    luma = load_image(tmp_path / name, channels=1)
-    assert tuple(luma.shape) == (1, 40, 56)
-    expected = np.asarray(Image.fromarray(loaded.permute(1, 2, 0).numpy()).convert("L")).astype(int)
-    assert np.abs(luma[0].numpy() - expected).max() <= 3
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.linspace(0, 65535, 40 * 56).round().astype(np.uint16).reshape(40, 56)
-    Image.fromarray(levels).save(tmp_path / "ramp.png")
-    assert np.array_equal(load_image(tmp_path / "ramp.png", 1)[0].numpy(), np.rint(levels / 257).astype(np.uint8))
-
-
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation, extension):
-    path = jpeg_with_orientation(tmp_path / f"turned.{extension}", RGB, orientation)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
-    loaded = load_image(path).permute(1, 2, 0).numpy()
-    assert loaded.shape == expected.shape == ((40, 56, 3) if orientation < 5 else (56, 40, 3))
-    assert np.abs(loaded - expected).max() <= 2
-
-
-@pytest.mark.parametrize(
-    "name", ["a.jpg", "gray.jpg", "progressive.jpg", "cmyk.jpg", "a.png", "a.webp", "a.bmp", "a.tif"]
-)
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
-def test_a_truncated_file_is_a_bad_image(tmp_path, name, kept):
-    pixels = Image.fromarray(picture(120, 160)).convert({"gray.jpg": "L", "cmyk.jpg": "CMYK"}.get(name, "RGB"))
-    pixels.save(tmp_path / name, **({"progressive": True} if name == "progressive.jpg" else {}))
-    whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(BadImage):
-        load_image(tmp_path / name)
-
-
-def test_other_bad_files_are_bad_images(tmp_path):
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "folder.jpg").mkdir()
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
-    pgm = b"P5 %d 10000 255 "
-    (tmp_path / "large.pgm").write_bytes(pgm % 10000)  # above PIL's limit
-    (tmp_path / "bomb.pgm").write_bytes(pgm % 20000)  # above twice the limit, where PIL itself refuses
-    reasons = {
-        "text.jpg": "not an image",
-        "folder.jpg": "directory",
-        "missing.jpg": "No such file",
-        "float.tif": "float",
-    }
-    for name, reason in (*reasons.items(), ("large.pgm", "10000 x 10000 px"), ("bomb.pgm", "bomb")):
-        with pytest.raises(BadImage, match=reason) as error:
-            load_image(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"):
-        path = write(tmp_path / name, picture(40, 56))
-        whole = np.frombuffer(path.read_bytes(), np.uint8)
-        for _ in range(60):
-            damaged = whole.copy()
-            places = rng.integers(0, min(len(whole), 400), 4)
-            damaged[places] = rng.integers(0, 256, 4)
-            path.write_bytes(damaged.tobytes())
-            try:
-                assert load_image(path).shape[0] == 3
-            except BadImage as error:
-                assert "\n" not in str(error)
-
-
-# Data sets
 
 
 def test_class_folders(class_folders):
@@ -183,69 +61,6 @@ def test_class_names_with_blanks(tmp_path):
 def test_imagenet100_is_a_hundred_wordnet_ids():
     names = (Path(data.__file__).parent / "imagenet100_classes.txt").read_text().split()
     assert len(names) == len(set(names)) == 100 and all(len(n) == 9 and n[0] == "n" and n[1:].isdigit() for n in names)
-
-
-def test_unlabelled_flat_and_nested_folders(tmp_path):
-    for name in ("b.png", "a.JPEG", "deep/er/c.webp", "notes.txt.png", ".hidden.png"):
-        write(tmp_path / name, picture(8, 8))
-    (tmp_path / "readme.txt").write_text("no image")
-    images = open_dataset(folder_args(tmp_path))
-    assert images.labels is None and images.classes is None
-    assert names_below(tmp_path, images) == ["a.JPEG", "b.png", "deep/er/c.webp", "notes.txt.png"]
-    below = open_dataset(folder_args(tmp_path / "deep"))
-    assert len(below) == 1 and below.labels is None
-    (tmp_path / "list").write_text("a.JPEG\n")
-    with pytest.raises(UserError, match="class folders"):
-        open_dataset(folder_args(tmp_path, "--class_list", tmp_path / "list"))
-
-
-def names_below(root, images):
-    return [os.path.relpath(images.name(index), root) for index in range(len(images))]
-
-
-def test_text_file_of_paths(tmp_path):
-    write(tmp_path / "images" / "b.png", picture(8, 8))
-    elsewhere = write(tmp_path / "else where" / "ä a.png", picture(9, 8))
-    listing = tmp_path / "list.txt"
-    listing.write_text(f"images/b.png\n\n{elsewhere}\n")
-    images = open_dataset(folder_args(listing))
-    assert len(images) == 2 and images.labels is None
-    assert images.load(0).shape == (3, 8, 8) and images.load(1).shape == (3, 9, 8)
-    assert images.name(1) == str(elsewhere)
-    with pytest.raises(UserError, match="list of images"):
-        open_dataset(folder_args(listing), "val")
-    listing.write_text("\n")
-    with pytest.raises(UserError, match="names no image"):
-        open_dataset(folder_args(listing))
-
-
-def test_splits(tmp_path):
-    for name in ("train/a/1.png", "train/b/1.png", "val/a/2.png", "val/b/2.png", "val/b/3.png"):
-        write(tmp_path / name, picture(8, 8))
-    for path in (tmp_path, tmp_path / "train"):
-        assert len(open_dataset(folder_args(path))) == 2
-        assert len(open_dataset(folder_args(path), "val")) == 3
-    with pytest.raises(UserError, match=r"looked for .*train/a/val and .*train/a/test"):
-        open_dataset(folder_args(tmp_path / "train" / "a"), "val")
-
-
-def test_links_are_followed_but_loops_and_broken_ones_end_nothing(tmp_path):
-    write(tmp_path / "a" / "x.png", picture(8, 8))
-    write(tmp_path.parent / f"{tmp_path.name}_outside" / "y.png", picture(8, 8))
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    (tmp_path / "b").symlink_to(tmp_path.parent / f"{tmp_path.name}_outside")
-    (tmp_path / "b" / "broken.png").symlink_to(tmp_path / "nothing")
-    images = open_dataset(folder_args(tmp_path))
-    assert names_below(tmp_path, images) == ["a/x.png", "b/broken.png", "b/y.png"]
-    with pytest.raises(BadImage):
-        images.load(1)
-
-
-def test_file_names_that_are_not_utf8(tmp_path, capsys):
-    write(tmp_path / "good.png", picture(8, 8))
-    os.rename(tmp_path / "good.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
-    images = open_dataset(folder_args(tmp_path))
-    assert images.name(0).endswith("caf\\xe9.png") and images.load(0).shape == (3, 8, 8)
 
 
 def test_fingerprint_follows_names_and_pixels(class_folders, tmp_path):
@@ -385,3 +200,45 @@ def test_wrong_paths_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
         open_dataset(folder_args(tmp_path))
+
+
+def test_what_was_opened_is_said_once_by_the_first_process(class_folders, capsys, monkeypatch):
+    open_dataset(folder_args(class_folders))
+    assert capsys.readouterr().err == f"train: 27 images in 3 classes (ant, bee, cat) of {class_folders}\n"
+    monkeypatch.setattr(utils, "rank", lambda: 1)
+    open_dataset(folder_args(class_folders))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sets_of_other_classes_are_refused_by_the_names_that_differ():
+    one, two = torch.zeros(2, 3, 8, 8), np.array([0, 1])
+    sets = {names: ArrayImages("some", one.byte(), two, names.split()) for names in ("a b", "a c", "a b c")}
+    check_same_classes(sets["a b"], sets["a b"])
+    for train, val, message in (
+        ("a b", "a c", r"only in train: b; only in val: c\)"),
+        ("a b c", "a b", r"3 and 2 \(only in train: c\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_same_classes(sets[train], sets[val])
+
+
+def test_a_note_where_sixteen_bits_are_hardly_used(tmp_path, capsys):
+    def opened(highest, *flags):
+        for number in range(3):
+            write(tmp_path / f"{number}.png", (np.arange(64).reshape(8, 8) * highest // 63).astype(np.uint16))
+        images = open_dataset(folder_args(tmp_path, *flags))
+        return images, capsys.readouterr().err
+
+    images, said = opened(4095)
+    assert "note: 3 of 3 images" in said and "--value_range 0 4095" in said and images.load(0).max() == 16
+    ranged, said = opened(4095, "--value_range", 0, 4095)
+    assert "note:" not in said and ranged.load(0).max() == 255 and ranged.fingerprint != images.fingerprint
+    assert "note:" not in opened(60000)[1]
+    write(tmp_path / "3.png", picture(8, 8))
+    assert "note: 3 of 4 images" in opened(300)[1]
+
+
+@pytest.mark.parametrize("values", [("5", "5"), ("9", "1"), ("nan", "1"), ("0", "inf"), ("0",)])
+def test_ranges_without_meaning_are_refused(class_folders, values):
+    with pytest.raises((UserError, SystemExit)):
+        open_dataset(folder_args(class_folders, "--value_range", *values))
