@@ -16,7 +16,7 @@ ADJACENCY_ROWS = 1000  # images of the adjacency matrix: about two pixels each
 DICTIONARY_COLUMNS = 256  # codes of the picture of W^T W
 MOST_FEATURES = 512  # of the picture of a covariance
 ISOTROPIC = 0.5 * math.log(2 * math.pi * math.e)  # nats per dimension of a Gaussian of unit variance
-FAINT = 1e-9  # of the mean singular value: below it is float32's rounding
+LEAST_SHOWN = 1e-9  # of the mean singular value: below it is float32's rounding
 POINTS = {"s": 6, "linewidths": 0}
 LINE_STYLES = ("-", "--", ":", "-.")  # a colour comes again with another one, and print has no colours
 
@@ -53,26 +53,28 @@ def draw_spectra(plt, curves):
     for axis, (key, title) in zip(axes.flat, kinds, strict=True):
         for values, style in lines(curves, key):
             values = np.array(values)
-            values = np.maximum(values / max(values.mean(), np.finfo(float).tiny), FAINT)
+            values = np.maximum(values / max(values.mean(), np.finfo(float).tiny), LEAST_SHOWN)
             axis.plot(np.arange(1, len(values) + 1), values, **style)
         axis.set(title=title, yscale="log", xlabel="rank")
         widths = [len(line.get_xdata()) for line in axis.lines]
         if max(widths) > 2 * min(widths):
             axis.set_xscale("log")
+            plain_numbers(axis.xaxis)
     axes.flat[0].set_ylabel("singular value of the covariance\nover their mean")
     return name_models(figure, axes.flat[0], curves)
 
 
 def draw_entropies(plt, curves):
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4))
-    titles = {
+    units = {
         "entropy": "nats (moves with the scale of features)",
         "entropy_per_dimension": "nats per dimension, at unit variance",
     }
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    for axis, (key, unit) in zip(axes, units.items(), strict=True):
         for mixtures, style in lines(curves, "mixtures"):
             axis.plot([m["components"] for m in mixtures], [m[key] for m in mixtures], marker="o", ms=4, **style)
-        axis.set(xscale="log", xlabel="mixture components", ylabel="entropy", title=title)
+        axis.set(xscale="log", xlabel="mixture components", ylabel=unit, title="entropy of a Gaussian mixture")
+        plain_numbers(axis.xaxis)
     axes[1].axhline(ISOTROPIC, color="black", lw=0.8)
     axes[1].annotate(
         "isotropic Gaussian", (0.98, ISOTROPIC), xycoords=("axes fraction", "data"), ha="right", va="bottom",
@@ -86,6 +88,8 @@ def draw_usage(plt, curves):
     for counts, style in lines(curves, "usage"):
         axis.plot(np.arange(1, len(counts) + 1), counts, drawstyle="steps-mid", **style)
     axis.set(xscale="log", yscale="log", xlabel="codes, most used first", ylabel="images of the code")
+    plain_numbers(axis.xaxis)
+    plain_numbers(axis.yaxis)
     return name_models(figure, axis, curves)
 
 
@@ -96,6 +100,14 @@ def draw_cosines(plt, curves):
     axis.set(xlabel="cosine between two images' features", ylabel="density", xlim=(-1, 1), yscale="log")
     axis.set_ylim(bottom=1e-3)
     return name_models(figure, axis, curves)
+
+
+def plain_numbers(axis):
+    """Ticks of a logarithmic axis of counts: 1, 10, 1,000; where it spans less than two decades, 2, 5 and 20 too."""
+    low, high = axis.get_view_interval()
+    named = "25" if high < 100 * low else ""
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:e}"[0] in named else "")
 
 
 def lines(curves, key):

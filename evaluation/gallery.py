@@ -139,11 +139,13 @@ def label_text(text, most):
 STYLE = """
 nav ul { padding: 0; margin: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 section { border-top: 1px solid var(--line); padding: .8rem 0; break-inside: avoid; }
-section ul { padding: 0; margin: 0; list-style: none; display: grid; gap: .5rem .3rem;
-             grid-template-columns: repeat(auto-fill, 96px); }
+section ul { padding: 0; margin: 0; list-style: none; display: grid; gap: .5rem .3rem; justify-content: start;
+             grid-template-columns: repeat(12, minmax(0, 96px)); }  /* 12 divides by 6, 4 and 3: no row is ragged */
+@media (max-width: 60rem) { section ul { grid-template-columns: repeat(6, minmax(0, 96px)); } }
+@media (max-width: 30rem) { section ul { grid-template-columns: repeat(4, minmax(0, 96px)); } }
 nav { margin-bottom: 1rem; }
 figure { margin: 0; }
-img { display: block; width: 96px; height: 96px; object-fit: contain; }
+img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; }
 img.small { image-rendering: pixelated; }
 figcaption { color: var(--soft); font-size: .75rem; line-height: 1.25; overflow: hidden; text-overflow: ellipsis;
              white-space: nowrap; }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -160,3 +161,10 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
     (tmp_path / "images" / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read .*a\.png"):
         gallery.write_gallery(tmp_path / "g", "t", images, [0])
+
+
+def test_no_row_of_the_page_is_ragged():
+    """Whatever the width, a whole code fills its last row."""
+    columns = [int(count) for count in re.findall(r"repeat\((\d+),", gallery.STYLE)]
+    assert len(columns) >= 3 and all(gallery.SHOWN % count == 0 for count in columns)
+    assert "auto-fill" not in gallery.STYLE
