@@ -208,7 +208,7 @@ def _words_of(packed):
 def nearest_code(h, codes, tile=None):
     """argmax_k of the logits of h (B, F) over codes (F, K), in tiles of codes: (B,) int64, O(B x tile) memory.
 
-    codes: a tensor or a Dictionary. Of a sharded one all processes must ask, each for the same h.
+    codes: a tensor or a Dictionary. With a sharded one all processes must call this, with equal h.
     tile: codes in a tile; None: what suits the device."""
     codes = Dictionary.of(codes)
     tile = tile or codes_in_tile((h.shape[1] + 2 * len(h)) * h.element_size(), h.device)

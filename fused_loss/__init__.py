@@ -8,13 +8,13 @@ is, per image, a logarithm of a sum and one vector of width F.
     pass 2, global views   pbar_a[k] = mean_i exp(s_a[i,k] - lse_a[i])
     pass 3, global views   sum_k A[i,k] (w_k - m_a[i]),  A = p_a r,  r the loss's slope in p_a     (targets' dH_a)
 
-The passes are the business of an engine: `tiles.Tiles` (matrix products of torch), `triton_kernels` (CUDA) or
-`hadamard_transforms`. Where pbar needs no other process, passes 2 and 3 are one. Matrix work for two views, in units of
-2 B F K multiply-adds: 4 then, 5 with other processes, 2 in the plain form. A local view adds 1, as there, and all of
-them together another half. Extra memory: O(V B F + K + B x tile).
+An engine runs the passes: `tiles.Tiles` (matrix products of torch), `triton_kernels` (CUDA) or `hadamard_transforms`.
+Where pbar needs no other process, passes 2 and 3 are one. Matrix work for two views, in units of 2 B F K multiply-adds:
+4 without other processes, 5 with them, 2 in the plain form. A local view adds 1, in the plain form too, and all local
+views together add another half. Extra memory: O(V B F + K + B x tile).
 
-With codes sharded over R processes each holds K / R codes and sees the images of all: h is gathered, per image the
-results of all processes are summed, and pbar needs no other process.
+With codes sharded over R processes each process holds K / R codes and sees all images: h is gathered, the results of
+all processes are summed per image, and pbar needs no other process.
 
     B images here, N with a pbar in common, V views of each, the first G are global crops     F head width, K codes
 """
@@ -47,20 +47,20 @@ def fused_cplearn_loss(
 ):
     """`cplearn_head.cplearn_loss`, same value and same gradients, in O(V B F + K + B x tile) extra memory.
 
-    views, tau, beta, prior, num_global: as there.
-    codes: (F, K) of -1 and +1, or a Dictionary. Of a sharded one each process holds a part; the loss is then that of
-        the joined batch of all processes, and its gradients those which, averaged over processes, are the loss's.
-    reduce_mean: as there; called once per global view on a (K,) tensor, and its backward in the backward pass, once per
-        global view, in the order of the views. With sharded codes it is given this process's part of pbar, already the
-        mean over all processes, and must return it.
+    views, tau, beta, prior, num_global: what `cplearn_loss` takes.
+    codes: (F, K) of -1 and +1, or a Dictionary. Of a sharded one each process holds a part; the loss is then the
+        joined batch's, and the mean over processes of the gradients is the gradient of that loss.
+    reduce_mean: maps this process's mean (K,) to the mean over all processes; None: this process alone. It is called
+        once per global view in the order of the views, and so is its backward in the backward pass. With sharded codes
+        it is given this process's part of pbar, already the mean over all processes, and must return it.
     impl: "tiled", or "triton" (CUDA). A Hadamard dictionary has transforms of its own, in float32.
     compute_dtype: of the matrix products. None: the views' dtype, float32 or float64. float32 views also take
         torch.bfloat16, which rounds what enters and, tiled, what leaves them. Sums over tiles, maxima and exponentials
         stay in float32.
     tile: T, codes in a tile; None: chosen from the number of images and views.
-    Returns (loss, terms): scalars in nats; unlike there the terms carry no gradient, and where the passes found it
-    there is a fourth, "assignments": argmax_k of the first view's logits, (B,) int64.
-    Raises ValueError as there, and for a compute_dtype or tile that cannot be.
+    Returns (loss, terms): scalars in nats. The terms carry no gradient here, and where the passes found them there is a
+        fourth, "assignments": argmax_k of the first view's logits, (B,) int64.
+    Raises ValueError for the inputs that `cplearn_loss` refuses, and for a compute_dtype or tile that cannot be.
     Differentiable once. Where pbar needs no other process the gradient is found in the forward pass, if anything needs
     it; otherwise in the backward pass, because it needs the other processes' means.
     """
@@ -69,9 +69,9 @@ def fused_cplearn_loss(
     _check_precision(views, compute_dtype, tile)
     loss = _Loss(views, codes, tau, beta, prior, num_global, impl, compute_dtype, tile)
     wanted = torch.is_grad_enabled() and any(h.requires_grad for h in views)
-    value, invariance, prior_term, assignment = _FusedLoss.apply(loss, reduce_mean, wanted, *views)
+    value, invariance, prior_term, assignments = _FusedLoss.apply(loss, reduce_mean, wanted, *views)
     terms = {"invariance": invariance, "prior": prior_term, "entropy": loss.entropy()}
-    return value, terms | ({} if assignment is None else {"assignments": assignment})
+    return value, terms | ({} if assignments is None else {"assignments": assignments})
 
 
 def _check_precision(views, compute_dtype, tile):
@@ -102,9 +102,9 @@ class _FusedLoss(torch.autograd.Function):
         elif wanted:
             ctx.loss, ctx.means, ctx.leaves = loss, means, leaves
         invariance, prior_term = loss.invariance(), loss.prior_term([mean.detach() for mean in means])
-        assignment = loss.assignment()
-        ctx.mark_non_differentiable(invariance, prior_term, *([] if assignment is None else [assignment]))
-        return loss.beta * invariance + prior_term, invariance, prior_term, assignment
+        assignments = loss.assignments()
+        ctx.mark_non_differentiable(invariance, prior_term, *([] if assignments is None else [assignments]))
+        return loss.beta * invariance + prior_term, invariance, prior_term, assignments
 
     @staticmethod
     @once_differentiable
@@ -161,7 +161,7 @@ class _Loss:
         self.best = None if best is None else best.view(shape)
 
     def invariance(self):
-        """Mean over pairs and images of CE(p_a, p_v), with the same rounded h as in lse."""
+        """Mean over pairs and images of CE(p_a, p_v), with h as it was rounded for lse."""
         terms = [(self.lse[v] - (self.rows[v] * self.centers[a]).sum(dim=1)).mean() for a, v in self.pairs]
         return sum(terms) / len(terms)
 
@@ -175,7 +175,7 @@ class _Loss:
             dist.all_reduce(prior)
         return prior
 
-    def assignment(self):
+    def assignments(self):
         return None if self.best is None else self.best[0, self.own()].clone()
 
     def own(self):
@@ -203,7 +203,7 @@ class _Loss:
         for a, v in self.pairs:  # through log p_v
             grad[v] += agreement * (self.centers[v] - self.centers[a])
         grad[views] += product - mass[..., None] * self.centers[views]  # through p_a
-        # averaged over processes, this process's share of the gradient in a loss that is the same on all
+        # DDP will average the gradients of all processes, each of which has computed the whole loss
         return means, grad[:, self.own()] * ((world_size() if self.sharded else 1) / self.tau)
 
     def likely_mean(self, agreement):
@@ -229,7 +229,7 @@ def make_engine(codes, impl, compute_dtype, num_rows, tile=None):
 
 
 def merge_over_processes(top, total, centers, best):
-    """Statistics of the same rows over each process's codes -> over all codes. `tiles.merge`, by all-reduce."""
+    """Statistics of all rows over this process's codes -> over all codes: `tiles.merge` by all-reduce."""
     highest = top.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     scale = (top - highest).exp_()

@@ -1,5 +1,6 @@
-// CPLearn's two passes over a dictionary of Hadamard blocks, in float32: hadamard_transforms.py compiles this file and says what
-// each function returns. Plain C++17 with the vectors of GCC and Clang; no -ffast-math, which would undo `exponential`.
+// CPLearn's two passes over a dictionary of Hadamard blocks, in float32. hadamard_transforms.py compiles this file and
+// says what each function returns. Plain C++17 with the vectors of GCC and Clang; no -ffast-math, which would undo
+// `exponential`.
 //
 // A vector holds one code's numbers for LANES images, so a transform is additions of whole vectors, without shuffles.
 // One block of F codes at a time stays in the caches: 4 x images x F numbers in `gradient`.

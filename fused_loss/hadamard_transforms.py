@@ -2,7 +2,7 @@
 
     W = [W_1 .. W_n],   W_b = diag(signs_b) H    (F, F): -1 and +1      H H^T = F I, signs_b random, the last block cut
     h W_b   = (h * signs_b) H                    a transform: about log2(F) additions per logit in place of F
-    W_b a   = signs_b * (H a)                    the same, transposed
+    W_b a   = signs_b * (H a)                    the transposed transform
 
 H, made in dictionary.py, is a Kronecker product of a matrix of order 1, 12, 20 or 28 with Sylvester's of a power of
 two; its first row is ones.

@@ -54,7 +54,7 @@ class Tiles:
         self.compiled = large
 
     def round(self, rows):
-        """rows (.., F) as both passes see them, in rows' dtype."""
+        """Rows (.., F) rounded as both passes round them, in their own dtype."""
         return rows.to(self.compute_dtype).to(rows.dtype)
 
     def statistics(self, rows):
@@ -89,7 +89,7 @@ class Tiles:
         return means, product.T.reshape(*top.shape, -1).contiguous(), mass  # collectives want it so
 
     def _in_threads(self, work, *args):
-        """[work(share, *args)] of all shares of the codes, at the same time."""
+        """[work(share, *args)] of all shares of the codes, one thread each."""
         if len(self.shares) == 1:
             return [work(self.shares[0], *args)]
         return list(workers(len(self.shares)).map(lambda share: work(share, *args), self.shares))
@@ -241,7 +241,7 @@ def run_compiled(body, raw, *args):
     """body(raw, *args), compiled for this dtype and shape; as it is where that fails, say for want of a compiler."""
     kind = body, raw.dtype, raw.shape
     if kind not in _bodies:
-        with _compiling:  # threads that ask at the same time would each compile the same
+        with _compiling:  # without the lock every thread would compile the body that all threads need
             if kind not in _bodies:
                 _bodies[kind] = _compile(body, raw, *args)
     return _bodies[kind](raw, *args)
@@ -278,7 +278,7 @@ def workers(num_threads):
 class Products:
     """rows (R, F) times one tile of codes after another, in float32 or float64.
 
-    Both passes use the same memory: giving it back and taking it anew leaves holes as large."""
+    Both passes share their memory: memory given back and taken anew leaves holes as large."""
 
     def __init__(self, codes, dtype, tile):
         self.dictionary, self.tile = codes, tile

@@ -22,10 +22,10 @@ output, each computing the logits anew; so does the gradient with local views, w
 
 Sums over shares run in a fixed order: results are the same bits at every call on one device.
 
-The shapes were chosen by compiling for sm_80 (A100) and sm_90 (H100) and reading what ptxas says: tensor-core
-instructions, no spilled registers, shared memory that fits (tests/test_triton_kernels.py). Sizes that tiles do not
-divide spill up to 52 bytes a thread. Nothing here was ever run on a GPU; on a CPU the kernels run in Triton's
-interpreter (TRITON_INTERPRET=1), where only float32 is right. `make gpu` tests and times them on a GPU.
+The shapes were chosen by compiling for sm_80 (A100) and sm_90 (H100) with Triton 3.6 and 3.8 and reading what ptxas
+says: tensor-core instructions, no spilled registers, shared memory that fits (tests/test_triton_kernels.py). Sizes that
+tiles do not divide spill some tens of bytes a thread. Nothing here was ever run on a GPU; on a CPU the kernels run in
+Triton's interpreter (TRITON_INTERPRET=1), where only float32 is right. `make gpu` tests and times them on a GPU.
 """
 
 from typing import NamedTuple
@@ -69,7 +69,7 @@ SHAPES = {
     ("gradient", "local", "sm_80"): Shape(128, 32, 64, 192, 8, 3),
     ("gradient", "local", "sm_90"): Shape(128, 32, 64, 256, 8, 3),
 }
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):  # found by compiling with 3.6; the rest are the same
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):  # found by compiling with 3.6
     SHAPES |= {
         ("statistics", "whole", "sm_80", "bits"): Shape(128, 32, 64, 192, 8, 3),
         ("statistics", "whole", "sm_90"): Shape(128, 32, 64, 0, 8, 2),
@@ -85,7 +85,7 @@ SHARED_MEMORY = 163 * 1024  # bytes a block may have on sm_80; less: SMALL_SHAPE
 
 
 class TritonKernels:
-    """Both passes of `fused_loss` over a dictionary: an engine as `tiles.Tiles` is one, with the same results.
+    """Both passes of `fused_loss` over a dictionary, an engine with the methods and the results of `tiles.Tiles`.
 
     codes: a `Dictionary` on a GPU.  compute_dtype: of the matrix products, float32 or bfloat16.
     """
@@ -99,14 +99,14 @@ class TritonKernels:
         return rows.to(self.dtype).to(rows.dtype)
 
     def statistics(self, rows):
-        """As `Tiles.statistics`, but None in place of the highest logits' codes."""
+        """What `Tiles.statistics` returns, with None in place of the highest logits' codes."""
         tops, totals, centers = statistics(rows.to(self.dtype).contiguous(), self.codes)
         top = tops.amax(dim=0)
         scale = (tops - top).exp()
         return top, (totals * scale).sum(dim=0), torch.einsum("sr,srf->rf", scale, centers), None
 
     def gradient(self, rows, top, total, slope=None, agreement=0.0, offset=None, local=None):
-        """As `Tiles.gradient`. Raises ValueError for other than two global views."""
+        """What `Tiles.gradient` returns. Raises ValueError for other than two global views."""
         lse = (top + total.log()).flatten()
         rows_of_all = rows.to(self.dtype).flatten(0, 1).contiguous()
         mean = means(rows_of_all, self.codes, lse, len(rows))
@@ -144,7 +144,7 @@ def statistics(rows, codes, shares=None, shape=None):
 def means(rows, codes, lse, num_views, shape=None):
     """Mean over the images of each of `num_views` views of exp(s - lse): (num_views, K) float32.
 
-    rows: (num_views * B, F), lse: (num_views * B,) float32 in the same order. The rest as in `statistics`.
+    rows: (num_views * B, F) and lse: (num_views * B,) float32, view after view. `statistics` tells the other arguments.
     """
     _check(codes, rows=rows, lse=lse)
     if len(rows) % num_views or lse.shape != rows.shape[:1]:
@@ -164,7 +164,7 @@ def gradient(rows, local, codes, lse, offset, slope, agreement, num_global=NUM_G
         A[a,i,k] = exp(s_a[i,k] - lse_a[i]) * (slope[a,k] - agreement * (s_other[i,k] + local_i . w_k) - offset[a,i])
 
     rows: (2B, F), the two global views.  local: (B, F), h / tau summed over local views, or None.  lse, offset: (2B,)
-    float32.  slope: (2, K) float32.  agreement: float.  The rest as in `statistics`.
+    float32.  slope: (2, K) float32.  agreement: float.  `statistics` tells the others.
     mass sums A as rounded to the rows' dtype, as product does, so that product - mass m cancels where it should.
     Raises ValueError also for a number of global views other than 2.
     """
@@ -345,8 +345,8 @@ def _gradient_kernel(
     ROWS: tl.constexpr, CODES: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rows.dtype.element_ty
-    # 8 images of one view, the same 8 of the other, and so on: a thread of a matrix product holds rows r and r + 8, so
-    # that an image's two logits meet in one thread
+    # 8 images of one view, those images of the other view, and so on: a thread of a matrix product holds rows r and
+    # r + 8, so that an image's two logits meet in one thread
     r = tl.arange(0, ROWS)
     view = r // 8 % 2
     i = tl.program_id(0) * (ROWS // 2) + r // 16 * 8 + r % 8

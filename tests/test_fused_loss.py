@@ -265,7 +265,7 @@ def test_a_step_on_a_gpu_takes_few_operations(form, batch_size, num_codes, most,
     with Watch() as watch:
         loss, terms = loss_function(views, codes, 0.1)
         loss.backward()
-        if "assignment" not in terms:  # then the head searches for it, see CPLearn
+        if "assignments" not in terms:  # then the head searches for it, see CPLearn
             nearest_code(views[0].detach(), codes)
     assert watch.operations < most
     if form == "tiled":
