@@ -101,7 +101,7 @@ def main(argv=None):
     images = evaluation.open_images(models, args.split, "a clustering score", required=False)
     args.kmeans = resolve_kmeans(args.kmeans, images)
     check_heads(args, models)
-    rows, notes, found = [], [], {}  # found: {(checkpoint, method): clusters (N,)}, those of the table's rows
+    rows, notes, found = [], [], {}  # found: {(checkpoint, method): clusters (N,)} of the table's rows
     for evaluated, (features, codes) in evaluation.extract_all(models, images):
         for method, clusters in all_clusterings(evaluated, features.numpy(), codes, args, notes):
             scores = scores_of(images.labels, clusters, args)
@@ -255,7 +255,7 @@ def write_parquet(path, columns):
 
 
 def draw_galleries(args, models, images, found):
-    """One for each evaluated: of its codes, or else of its first k-means."""
+    """A gallery for each model: of its codes, or else of its first k-means."""
     for evaluated in models:
         methods = [method for name, method in found if name == evaluated.name]
         if not methods:

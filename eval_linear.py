@@ -174,7 +174,7 @@ def resolve_protocol(args):
 
 
 def choose_features(evaluated):
-    """Make the model's model one that gives the features to classify."""
+    """Make `evaluated.model` one that gives the features to classify."""
     args, model = evaluated.args, evaluated.model
     if args.n_last_blocks is None:
         is_vit = isinstance(model.backbone, VisionTransformer)
@@ -212,7 +212,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
     last step of an epoch wait for another epoch.
     With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as DINO
     does. Raises UserError where those that are there are of a run with other settings.
-    Returns as `fit_to_features`.
+    Returns a row of the table, and the ranked classes of the validation images.
     """
     args, labels = evaluated.args, torch.as_tensor(train_images.labels)
     run = HeadRun(evaluated, head_folder(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
@@ -406,7 +406,7 @@ def count_labels(args, images):
 
 
 def score_head(evaluated, val_images, models):
-    """Test a head without training. Returns as `fit_to_features`."""
+    """Test a head without training. Returns a row of the table, and the ranked classes of the validation images."""
     args, model = evaluated.args, evaluated.model.to(evaluated.device)
     path = args.linear_weights or head_folder(evaluated, models) / KEPT
     head = new_head(model.embed_dim, count_labels(args, val_images), args.seed)
@@ -452,7 +452,7 @@ def fitting_settings(num_features, width):
 
 
 def show(found, models, val_images, args):
-    """found: (row, ranked classes of the validation images) of each evaluated."""
+    """found: (row, ranked classes of the validation images) of each model."""
     classes, rows = val_images.classes, []
     for evaluated, (row, ranked) in zip(models, found, strict=True):
         scored = scores(ranked, val_images.labels, len(classes))

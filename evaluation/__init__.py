@@ -89,7 +89,7 @@ def evaluation_parser(prog, description):
 class EvaluatedModel:
     """One of the models under comparison.
 
-    .name: what tells its path from the others'.  .stem: the same, for names of files.
+    .name: what tells its path from the others'.  .stem: the name as part of file names.
     .model: `pretrained.PretrainedModel`.  .args: the evaluation's flags, with those about images as this model was
     trained.  .extract(images): its features.
     """
@@ -172,7 +172,7 @@ def files_fingerprint(images):
 
 
 def open_models(args, device):
-    """A `EvaluatedModel` for each --checkpoint, after those of --baselines.
+    """An `EvaluatedModel` for each --checkpoint, after the models of --baselines.
 
     All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
     must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.

@@ -37,7 +37,7 @@ def merge(vectors, sizes, ks, seed=0):
         return merge(mean_features(vectors, group), None, ks)[group]
     if len(vectors) == 1:
         return np.zeros((1, len(ks)), np.int64)
-    return cut_tree(linkage(vectors, "ward"), ks[::-1])[:, ::-1]  # scipy puts those of k = M into the first column
+    return cut_tree(linkage(vectors, "ward"), ks[::-1])[:, ::-1]  # scipy puts the groups of k = M into the first column
 
 
 def kmeans(features, k, restarts=1, spherical=False, seed=0, weights=None, iterations=50):

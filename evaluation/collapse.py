@@ -23,7 +23,7 @@ POWER_LAW_RANKS = (12, 100)  # first and last rank of the fit, as in alpha-ReQ's
 ENTROPY_SAMPLES = 10_000  # of the Monte Carlo estimate, as in section 4 of the paper
 LOGITS_AT_ONCE = 2**24  # b x K: 64 MB in float32
 LEAST_VARIANCE = 1e-6  # of a mixture's component, over that of all features
-TIGHT_PART = 0.1  # collapse of "some clusters" (section 2): those of a tenth of the images are some
+TIGHT_PART = 0.1  # collapse of "some clusters" (section 2): the clusters of a tenth of the images are some
 ROUNDING = 1e-12  # eigenvalues below this part of the largest
 
 
@@ -56,7 +56,7 @@ def power_law_exponent(eigenvalues):
 
     Of a narrower model the last ten ranks stay out: the tail falls faster. None where fewer than ten ranks are left.
     1 is the boundary of smooth representations; features that are equally strong in all directions have 0.
-    Agrawal et al., "alpha-ReQ", NeurIPS 2022; weights and range are those of its code.
+    Agrawal et al., "alpha-ReQ", NeurIPS 2022; weights and range are its code's.
     """
     first, last = POWER_LAW_RANKS
     there = int((eigenvalues > ROUNDING * eigenvalues[0]).sum())

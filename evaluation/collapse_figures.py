@@ -26,7 +26,7 @@ def draw_all(folder, curves, pictures, images):
 
     curves: {model: {"spectrum", "cosine_density", "mixtures", and where there are "usage", "embedding_spectrum"}}.
     pictures: {model: {"rows", "vectors", "of", "codes", "moment", and where there are "dictionary", "tsne"}}.
-    images: those of `pictures`' rows; their labels, where there are, order and colour what codes do not.
+    images: the set that `pictures`' rows count; labels, where there are, order and colour what codes do not.
     """
     plt = evaluation.pyplot()
     figures = {"spectrum": draw_spectra(plt, curves), "cosine": draw_cosines(plt, curves)}

@@ -38,7 +38,7 @@ def knn_accuracy(
 ):
     """Accuracy of `knn_classify`: {(k, temperature): {"top1": percent, "top5": percent}}.
 
-    train_features (N, D), train_labels (N,), test_features (M, D), ks, temperatures, search: those of `knn_classify`.
+    train_features (N, D), train_labels (N,), test_features (M, D), ks, temperatures, search: `knn_classify`'s.
     test_labels: (M,) integers from 0.
     over_processes: all processes call it with the same arguments, each classifies its share of the test images, and all
         get the accuracy of all of them. Otherwise nothing is exchanged.
