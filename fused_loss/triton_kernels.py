@@ -79,6 +79,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):  # found by comp
         ("gradient", "whole", "sm_90"): Shape(64, 32, 64, 0, 8, 3),
         ("gradient", "split", "sm_90"): Shape(128, 32, 64, 256, 8, 3),
         ("gradient", "local", "sm_80"): Shape(128, 32, 64, 192, 8, 2),
+        ("gradient", "local", "sm_90"): Shape(128, 32, 64, 256, 8, 2),
     }
 SMALL_SHAPE = Shape(32, 32, 32, 32, 4, 2)  # float32, which has no tensor cores, and GPUs with less shared memory
 SHARED_MEMORY = 163 * 1024  # bytes a block may have on sm_80; less: SMALL_SHAPE

@@ -386,6 +386,14 @@ def test_nearest_code_is_the_argmax_of_the_logits(tile):
     assert torch.equal(nearest_code(h, head.codes, tile), head.logits(h).argmax(dim=1))
 
 
+def test_codes_of_images_are_found_in_float32_under_autocast():
+    head = CPLearnHead(64, 4096)
+    x = torch.randn(256, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = head.assign(x)
+    assert torch.equal(codes, head.assign(x))
+
+
 def test_head_is_float32_under_autocast():
     head = CPLearnHead(D, K, F)
     with torch.autocast("cpu", torch.bfloat16):
