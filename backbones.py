@@ -9,6 +9,7 @@ No weights are loaded or downloaded here; `pretrained.load_pretrained` reads fil
 
 import argparse
 import difflib
+import functools
 import re
 
 import timm
@@ -17,7 +18,7 @@ import torchvision
 from torch import nn
 
 import vision_transformer
-from utils import Number, UserError
+from utils import Number, UserError, positive
 
 ARCHS = (*vision_transformer.ARCHS, "resnet8", "resnet18")
 RESNET8_WIDTH = 128  # Table 5 of arXiv 2410.04959 leaves it open: 128 in its runs, 256 for CIFAR-100
@@ -30,8 +31,22 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         default="vit_small",
         metavar="NAME",
-        help=f"backbone: {', '.join(ARCHS)}, or any timm name. resnet8 and resnet18 are for images of about 32 px "
-        "(default: %(default)s)",
+        help=f"backbone: {', '.join(ARCHS)}, or any timm name. resnet8 and resnet18 are for images of about 32 px. A "
+        "backbone with a parameter that gets no gradient cannot be trained with several processes (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--pretrained",
+        default=None,
+        metavar="FILE",
+        help="start from the backbone in this file, of any kind that the evaluations open; the file tells its --arch "
+        "and --patch_size (default: start from random weights)",
+    )
+    parser.add_argument(
+        "--num_heads",
+        type=positive(int),
+        default=None,
+        help="attention heads of a ViT (default: those of --arch, or of --pretrained)",
     )
     parser.add_argument(
         "--patch_size",
@@ -42,13 +57,13 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drop_path_rate",
-        type=float,
+        type=Number(float, least=0, below=1),
         default=None,
         help=f"stochastic depth; lower it for short runs (default: {VIT_DROP_PATH_RATE} for the ViTs, else 0)",
     )
     parser.add_argument(
         "--width",
-        type=int,
+        type=positive(int),
         default=None,
         help=f"channels of resnet8 (default: {RESNET8_WIDTH}; the paper's CIFAR-100 runs: 256)",
     )
@@ -68,6 +83,8 @@ def build_backbone(
     drop_path_rate: float | None = 0.0,
     width: int | None = None,
     grad_checkpointing: bool = False,
+    num_heads: int | None = None,
+    **parts: object,
 ) -> nn.Module:
     """A randomly initialised backbone whose forward maps images (B, in_chans, img_size, img_size) to (B, embed_dim).
 
@@ -77,6 +94,8 @@ def build_backbone(
     drop_path_rate: stochastic depth in [0, 1); None means 0.1 for the ViTs of `ARCHS` and 0 for the others.
     width: channels of resnet8, its embed_dim; None means 128.
     grad_checkpointing: recompute activations in the backward pass.
+    num_heads: attention heads of a ViT; None means those of its name.
+    parts: other arguments of a ViT's constructor, see `vision_transformer.VisionTransformer`.
     Raises UserError for an unknown name (with the close ones) and for a setting that the backbone has no use for.
     """
     if drop_path_rate is None:
@@ -87,26 +106,34 @@ def build_backbone(
         raise UserError(f"--width {width} is for --arch resnet8; {arch} has its own")
     if width is not None and width < 1:
         raise UserError(f"--width {width} is not a number of channels")
+    if num_heads is not None:
+        parts["num_heads"] = num_heads
     if arch in vision_transformer.ARCHS:
-        return _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing)
+        return _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing, parts)
     if arch in ("resnet8", "resnet18"):
+        if parts:
+            raise UserError(f"--{', --'.join(parts)}: {arch} is no ViT")
         if drop_path_rate:
             raise UserError(f"--drop_path_rate {drop_path_rate}: {arch} has no stochastic depth, leave it at 0")
         if grad_checkpointing:
             raise UserError(f"--grad_checkpointing: {arch} does not offer it")
         return ResNet8(in_chans, width or RESNET8_WIDTH) if arch == "resnet8" else resnet18(in_chans)
-    return _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing)
+    return _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing, parts)
 
 
-def _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing):
+def _build_vit(arch, img_size, patch_size, in_chans, drop_path_rate, grad_checkpointing, parts):
     if patch_size < 1 or img_size % patch_size:
         raise UserError(f"--img_size {img_size} is not a multiple of --patch_size {patch_size}")
+    width = vision_transformer.WIDTHS[arch]
+    if width % parts.get("num_heads", 1):
+        raise UserError(f"--num_heads {parts['num_heads']} does not divide the width of {arch}, {width}")
     return getattr(vision_transformer, arch)(
         patch_size=patch_size,
         img_size=img_size,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
         grad_checkpointing=grad_checkpointing,
+        **parts,
     )
 
 
@@ -175,10 +202,10 @@ def resnet18(in_chans: int = 3) -> nn.Module:
     return model
 
 
-def _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing):
+def _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing, parts):
     if not timm.is_model(arch):
         raise UserError(f"--arch {arch} is unknown; {_close_names(arch)}, or a name that timm.list_models() prints")
-    model = _create_timm(arch, img_size, in_chans, drop_path_rate)
+    model = _create_timm(arch, img_size, in_chans, drop_path_rate, parts)
     if drop_path_rate and not any(getattr(module, "drop_prob", None) for module in model.modules()):
         raise UserError(f"--drop_path_rate {drop_path_rate}: {arch} has no stochastic depth, leave it at 0")
     if grad_checkpointing:
@@ -187,8 +214,10 @@ def _build_timm(arch, img_size, in_chans, drop_path_rate, grad_checkpointing):
     return model
 
 
-def _create_timm(arch, img_size, in_chans, drop_path_rate):
-    required = {"in_chans": in_chans, "drop_path_rate": drop_path_rate or None}  # timm drops what is None
+def _create_timm(arch, img_size, in_chans, drop_path_rate, parts):
+    if "norm_eps" in parts:
+        parts = parts | {"norm_layer": functools.partial(nn.LayerNorm, eps=parts["norm_eps"]), "norm_eps": None}
+    required = {"in_chans": in_chans, "drop_path_rate": drop_path_rate or None, **parts}  # timm drops what is None
     optional = {"img_size": img_size, "dynamic_img_size": True}  # only its constructor knows whether it takes them
     while True:
         try:

@@ -42,11 +42,12 @@ def get_args_parser():
     add = parser.add_argument
     add(
         "--checkpoint", "--pretrained_weights", dest="checkpoint", required=True, metavar="FILE",
-        help="whatever the evaluations open: ours, DINO's, or a backbone's state dict",
+        help="whatever the evaluations open: ours, or weights that others released",
     )  # fmt: skip
     add("--checkpoint_key", default=None, metavar="KEY", help="default: teacher, or the only one there is")
     add("--arch", default=None, metavar="NAME", help="backbone (default: as the file says)")
-    add("--patch_size", type=int, default=None, help="pixels (default: as the file says)")
+    add("--patch_size", type=utils.positive(int), default=None, help="pixels (default: as the file says)")
+    add("--num_heads", type=utils.positive(int), default=None, help="of a ViT (default: as the file says)")
     add(
         "--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
         help="on which timm's features are compared with ours; default: cuda, else mps, else cpu",
@@ -67,7 +68,9 @@ def main(argv=None):
         return  # one process writes
     folder = Path(args.output_dir).resolve()
     check_folder(folder)
-    model = pretrained.load_pretrained(args.checkpoint, args.checkpoint_key, args.arch, args.patch_size)
+    model = pretrained.load_pretrained(
+        args.checkpoint, args.checkpoint_key, args.arch, args.patch_size, num_heads=args.num_heads
+    )
     config = timm_config(model)
     checkpoint = {} if args.checkpoint.endswith(".safetensors") else load_checkpoint(args.checkpoint)
     tables = {
@@ -144,6 +147,8 @@ def timm_arguments(backbone):
         arguments["dynamic_img_size"] = True
     if isinstance(backbone, VisionTransformer):
         arguments["patch_size"] = backbone.patch_size
+        arguments["num_heads"] = backbone.blocks[0].attn.num_heads
+        arguments |= backbone.parts
     return arguments
 
 
@@ -191,7 +196,7 @@ def trained_by(model, checkpoint):
 def usage(model, name):
     ours = (
         f'With the code that it was exported by:\n\n    model = load_pretrained("{name}/model.safetensors")    '
-        "# from features import load_pretrained\n\n"
+        "# from pretrained import load_pretrained\n\n"
         f'    model = torch.hub.load(".", "cplearn", source="local", checkpoint="{name}/model.safetensors")'
     )
     if not is_timm_s(model):

@@ -19,8 +19,8 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "
 def cplearn(checkpoint, checkpoint_key=None, **kwargs):
     """The frozen model of a checkpoint, in eval mode, on CPU: images (B, C, h, w) -> features (B, D).
 
-    checkpoint: a file of ours, of DINO's, or a backbone's state dict.  checkpoint_key: which model of the file; default
-    teacher, or the only one.  kwargs: arch, patch_size, img_size, in_chans, where the file does not say.
+    checkpoint: a file of ours, or weights that others released.  checkpoint_key: which model of the file; default
+    teacher, or the only one.  kwargs: arch, patch_size, img_size, in_chans, num_heads, where the file does not say.
     """
     return _pretrained.load_pretrained(checkpoint, checkpoint_key, **kwargs)
 

@@ -54,6 +54,7 @@ from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, plot_views, read_together
+from pretrained import load_backbone
 from utils import (
     PRECISIONS,
     Agreement,
@@ -514,15 +515,7 @@ def build_run(args):
 
 
 def build_model(args, batch_size, device):
-    backbone = build_backbone(
-        args.arch,
-        args.img_size,
-        args.patch_size,
-        args.in_chans,
-        args.drop_path_rate,
-        args.width,
-        args.grad_checkpointing,
-    )
+    backbone = load_backbone(args) if args.pretrained else new_backbone(args)
     head = CPLearnHead(
         backbone.embed_dim,
         args.out_dim,
@@ -540,6 +533,19 @@ def build_model(args, batch_size, device):
     )
     objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)
     return convert_sync_batchnorm(Model(backbone, objective, args.precision))
+
+
+def new_backbone(args):
+    return build_backbone(
+        args.arch,
+        args.img_size,
+        args.patch_size,
+        args.in_chans,
+        args.drop_path_rate,
+        args.width,
+        args.grad_checkpointing,
+        args.num_heads,
+    )
 
 
 def wrap(model, device, compiled):

@@ -7,8 +7,10 @@
 The layers are timm's. What is added here: attention in the form that is fast on the device at hand, images of any size
 that the patch size divides, and DINO's two ways of looking inside.
 
-Shapes: B images, N patches, D width, H heads, d = D / H.
+Shapes: B images, N patches, P tokens before them (CLS and registers: 1 without), D width, H heads, d = D / H.
 """
+
+import functools
 
 import timm.layers
 import torch
@@ -16,27 +18,28 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import nn
 
-ARCHS = ("vit_tiny", "vit_small", "vit_base", "vit_large")
+WIDTHS = {"vit_tiny": 192, "vit_small": 384, "vit_base": 768, "vit_large": 1024}
+ARCHS = tuple(WIDTHS)
 
 
-def vit_tiny(**kwargs):
+def vit_tiny(num_heads=3, **kwargs):
     """ViT-T/16: D = 192, 12 blocks, 3 heads, 5.5 M parameters. Arguments as in `VisionTransformer`."""
-    return VisionTransformer(embed_dim=192, depth=12, num_heads=3, **kwargs)
+    return VisionTransformer(embed_dim=192, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_small(**kwargs):
+def vit_small(num_heads=6, **kwargs):
     """ViT-S/16: D = 384, 12 blocks, 6 heads, 21.7 M parameters. Arguments as in `VisionTransformer`."""
-    return VisionTransformer(embed_dim=384, depth=12, num_heads=6, **kwargs)
+    return VisionTransformer(embed_dim=384, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_base(**kwargs):
+def vit_base(num_heads=12, **kwargs):
     """ViT-B/16: D = 768, 12 blocks, 12 heads, 85.8 M parameters. Arguments as in `VisionTransformer`."""
-    return VisionTransformer(embed_dim=768, depth=12, num_heads=12, **kwargs)
+    return VisionTransformer(embed_dim=768, depth=12, num_heads=num_heads, **kwargs)
 
 
-def vit_large(**kwargs):
+def vit_large(num_heads=16, **kwargs):
     """ViT-L/16: D = 1024, 24 blocks, 16 heads, 303 M parameters. Arguments as in `VisionTransformer`."""
-    return VisionTransformer(embed_dim=1024, depth=24, num_heads=16, **kwargs)
+    return VisionTransformer(embed_dim=1024, depth=24, num_heads=num_heads, **kwargs)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -48,6 +51,9 @@ class VisionTransformer(TimmVisionTransformer):
     in_chans: image channels.
     drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
     grad_checkpointing: recompute each block in the backward pass; less memory for about a third more time.
+    norm_eps: of every layer norm.
+    parts: what released networks have beside, under timm's names: init_values (LayerScale), reg_tokens (registers),
+        no_embed_class (positions for patches only), global_pool ("avg": the normed mean of the patches), qkv_bias.
     Raises ValueError where patch_size does not divide the image, or the channels differ from in_chans.
     """
 
@@ -61,6 +67,8 @@ class VisionTransformer(TimmVisionTransformer):
         num_heads=6,
         drop_path_rate=0.0,
         grad_checkpointing=False,
+        norm_eps=1e-6,
+        **parts,
     ):
         if patch_size < 1 or img_size < 1 or img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
@@ -72,32 +80,33 @@ class VisionTransformer(TimmVisionTransformer):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
-            qkv_bias=True,
             drop_path_rate=drop_path_rate,
-            norm_layer=_layer_norm,
+            norm_layer=functools.partial(nn.LayerNorm, eps=norm_eps),
             attn_layer=Attention,
             dynamic_img_size=True,
+            **parts,
         )
         nn.init.trunc_normal_(self.cls_token, std=0.02)  # as DINO; timm has 1e-6 here and agrees with DINO elsewhere
-        self.patch_size, self.in_chans = patch_size, in_chans
+        self.patch_size, self.in_chans, self.parts = patch_size, in_chans, parts
         self.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, x):
-        """Images (B, C, h, w) -> (B, D), the CLS token after the final norm."""
+        """Images (B, C, h, w) -> (B, D), the CLS token after the final norm, or with global_pool the patches' mean."""
         self._check(x)
-        return self.forward_features(x)[:, 0]
+        return self.forward_head(self.forward_features(x), pre_logits=True)
 
     def get_intermediate_layers(self, x, n=1):
-        """Images -> list of (B, 1 + N, D): the last n blocks' outputs, oldest first, each through the final norm."""
+        """Images -> list of (B, P + N, D): the last n blocks' outputs, oldest first, each through the final norm.
+        The first P = `num_prefix_tokens` are the CLS token and the registers."""
         x = self._embed(x)
         outputs = []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
-        return [self.norm(x) for x in outputs[-n:]]
+        return [self.fc_norm(self.norm(x)) for x in outputs[-n:]]  # one of the two is the identity
 
     def get_last_selfattention(self, x):
-        """Images -> (B, H, 1 + N, 1 + N): softmaxed attention of the last block; row i says where token i looks."""
+        """Images -> (B, H, P + N, P + N): softmaxed attention of the last block; row i says where token i looks."""
         x = self._embed(x)
         for block in self.blocks[:-1]:
             x = block(x)
@@ -107,7 +116,7 @@ class VisionTransformer(TimmVisionTransformer):
 
     def _embed(self, x):
         self._check(x)
-        return self._pos_embed(self.patch_embed(x))  # (B, 1 + N, D)
+        return self._pos_embed(self.patch_embed(x))  # (B, P + N, D)
 
     def _check(self, x):
         _, channels, height, width = x.shape
@@ -127,22 +136,18 @@ class Attention(timm.layers.Attention):
     def forward(self, x, attn_mask=None, is_causal=False):  # timm's block passes both; nothing here is masked
         assert attn_mask is None and not is_causal
         q, k, v = self.project(x)
-        x = self.weights(q, k) @ v if _on_cpu(x) else F.scaled_dot_product_attention(q, k, v)  # (B, H, 1 + N, d)
+        x = self.weights(q, k) @ v if _on_cpu(x) else F.scaled_dot_product_attention(q, k, v)  # (B, H, P + N, d)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def project(self, x):
-        """Tokens (B, 1 + N, D) -> queries, keys and values, each (B, H, 1 + N, d)."""
+        """Tokens (B, P + N, D) -> queries, keys and values, each (B, H, P + N, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def weights(self, q, k):
-        """Queries and keys (B, H, 1 + N, d) -> (B, H, 1 + N, 1 + N), rows summing to 1."""
+        """Queries and keys (B, H, P + N, d) -> (B, H, P + N, P + N), rows summing to 1."""
         return ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
-
-
-def _layer_norm(dim, **kwargs):
-    return nn.LayerNorm(dim, eps=1e-6, **kwargs)

@@ -46,12 +46,12 @@ def get_args_parser():
         help="an image, or a folder of images with the folders below it; their patch features stay in memory",
     )  # fmt: skip
     add(
-        "--image_size", type=int, nargs="+", default=None, metavar="PX",
+        "--image_size", type=utils.positive(int), nargs="+", default=None, metavar="PX",
         help="height and width, or one number for both, rounded to whole patches (default: the image's own size, "
         f"reduced to at most {MOST_PIXELS} pixels)",
     )  # fmt: skip
     add(
-        "--threshold", type=float, default=0.6,
+        "--threshold", type=utils.Number(float, least=0, most=1), default=0.6,
         help="masks: share of a head's attention, from 0 to 1, that the fewest patches hold together",
     )  # fmt: skip
     add(
@@ -85,9 +85,7 @@ def main(argv=None):
 
 
 def check_flags(args):
-    if not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: expected a share of the attention, from 0 to 1")
-    if args.image_size is not None and (len(args.image_size) > 2 or min(args.image_size) < 1):
+    if args.image_size is not None and len(args.image_size) > 2:
         raise UserError(f"--image_size {args.image_size}: expected height and width in pixels, or one number for both")
     image, folder = Path(args.image_path).resolve(), Path(args.output_dir).resolve()
     if image in (folder, *folder.parents) or image in (folder / name for name in FILES):
@@ -116,9 +114,12 @@ def open_vit(args, device):
     arch, dataset = model.settings["arch"], model.settings["dataset"]
     if not isinstance(model.backbone, vision_transformer.VisionTransformer):
         raise UserError(
-            f"{args.checkpoint}: {arch} shows no attention; expected one of {', '.join(vision_transformer.ARCHS)}"
+            f"{args.checkpoint}: {arch} shows no attention; expected one of {', '.join(vision_transformer.ARCHS)}, "
+            "without rotary positions or SwiGLU"
         )
-    known = images.DATASETS[dataset if dataset in images.DATASETS else "imagefolder"]
+    dataset = dataset if dataset in images.DATASETS else "imagefolder"
+    pretrained.say_assumed_pixels(args, [model], dataset)
+    known = images.DATASETS[dataset]
     for name in ("mean", "std"):
         if getattr(args, name) is None:
             setattr(args, name, data.fit_channels(known[name], args.in_chans))
@@ -131,7 +132,7 @@ def open_vit(args, device):
 @dataclasses.dataclass
 class SeenImage:
     """path; pixels: uint8 (h, w, 3), as the model got them; attention: float32 (H, r, c), what CLS gives to each patch
-    of its attention, which sums to 1 with what it gives to itself; tokens: float32 (r, c, D)."""
+    of its attention, which sums to 1 with what it gives to itself and to registers; tokens: float32 (r, c, D)."""
 
     path: str
     pixels: np.ndarray
@@ -180,8 +181,8 @@ def size_in_patches(own, patch_size, wanted=None):
 def attention_and_tokens(backbone, x):
     """Images (B, C, h, w) -> (B, H, r, c) and (B, r, c, D), in one pass.
 
-    The first is row 0 of `get_last_selfattention` without CLS itself, and without the memory of the other rows; the
-    second are the patch tokens after the final norm.
+    The first is row 0 of `get_last_selfattention` without CLS and registers, and without the memory of the other rows;
+    the second are the patch tokens after the final norm.
     """
     grid = [side // backbone.patch_size for side in x.shape[2:]]
     last, inputs = backbone.blocks[-1].attn, []
@@ -189,8 +190,8 @@ def attention_and_tokens(backbone, x):
     tokens = backbone.get_intermediate_layers(x)[0]
     hook.remove()
     q, k, _ = last.project(inputs[0])
-    attention = last.weights(q[:, :, :1], k)  # (B, H, 1, 1 + N)
-    return attention[:, :, 0, 1:].unflatten(-1, grid), tokens[:, 1:].unflatten(1, grid)
+    attention, first = last.weights(q[:, :, :1], k), backbone.num_prefix_tokens  # (B, H, 1, P + N)
+    return attention[:, :, 0, first:].unflatten(-1, grid), tokens[:, first:].unflatten(1, grid)
 
 
 # ---- numbers -> colours ----------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def open_models(args, device):
 def baselines(evaluated):
     """Raw pixels, and the model's backbone as it was made, before any training (torch's generator, --seed)."""
     args, settings = evaluated.args, evaluated.model.settings
-    names = ("arch", "patch_size", "img_size", "in_chans")
+    names = ("arch", "patch_size", "img_size", "in_chans", "num_heads")
     given = {name: getattr(args, name) if name in ("img_size", "in_chans") else settings[name] for name in names}
     torch.manual_seed(args.seed)
     untrained = pretrained.load_pretrained(args.checkpoint, args.checkpoint_key, **given, random_weights=True)

@@ -104,5 +104,7 @@ def test_flags_build_the_default_backbone():
     args = parser.parse_args([])
     assert (args.arch, args.patch_size, args.drop_path_rate) == ("vit_small", 16, None)
     with torch.device("meta"):
+        assert args.pretrained is None
+        del args.pretrained  # `pretrained.load_backbone` reads it
         assert build_backbone(**vars(args)).embed_dim == 384
     assert "vit_small" in parser.format_help()

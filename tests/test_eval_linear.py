@@ -45,7 +45,7 @@ def save_model(path, arch, **sizes):
     backbone = build_backbone(arch, **sizes)
     args = {"arch": arch, "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "imagefolder"}
     state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    torch.save({"teacher": state, "args": args | {"patch_size": sizes.get("patch_size")}}, path)
+    torch.save({"format": "cplearn 2", "teacher": state, "args": args | {"patch_size": sizes.get("patch_size")}}, path)
 
 
 def flags(folder, *more, model="resnet.pth"):

@@ -9,7 +9,7 @@ SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_coll
 SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit"}
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer", "objective"},
-    {"decoding", "folders", "images", "dictionary", "checkpoint", "watch", "monitor", "backbones"},
+    {"decoding", "folders", "images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "weight_layouts"},
     {"data"},
     {"cplearn_head"},
     {"fused_loss"},  # the fast loss stands on the definition, never the reverse
