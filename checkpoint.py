@@ -401,8 +401,12 @@ def load_checkpoint(path):
             return state
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
-        at = reason.find("Unsupported")
-        raise UserError(f"{path}: refused, it holds more than plain data: {reason[max(0, at) :][:160]}") from None
+        at, end = reason.find("Unsupported"), reason.find(" Please use")  # what follows is advice for programs
+        reason = reason[max(0, at) : end if end > at else None][:160].rstrip(". ")
+        raise UserError(
+            f"{path}: refused, it holds more than plain data: {reason}; save it anew where it was made, "
+            "torch.save(model.state_dict(), FILE)"
+        ) from None
     except MemoryError:
         raise UserError(f"{path}: refused, it asks for more memory than there is; is it damaged?") from None
     except Exception as error:  # a damaged file fails in many ways, none of them ours to list

@@ -4,6 +4,7 @@ The networks are timm's and torchvision's; of transformers' ViTs the forward pas
 """
 
 import argparse
+import fractions
 import json
 import math
 
@@ -412,6 +413,15 @@ def test_a_file_of_nothing_known_shows_its_tensors(tmp_path):
         load_pretrained(tmp_path / "odd.pth")
     with pytest.raises(UserError, match=r"stem\.0\.vit_tiny: 0 of 150 tensors match.*unexpected: weight"):
         load_pretrained(tmp_path / "odd.pth", arch="vit_tiny")
+
+
+def test_a_pickle_with_more_than_data_is_refused_with_what_to_do(small, tmp_path):
+    torch.save({"teacher": small[0].state_dict(), "args": fractions.Fraction(1, 3)}, tmp_path / "unsafe.pth")
+    with pytest.raises(UserError) as error:
+        load_pretrained(tmp_path / "unsafe.pth")
+    assert "global: GLOBAL fractions.Fraction was not an allowed global by default; save it anew" in str(error.value)
+    assert "torch.save(model.state_dict(), FILE)" in str(error.value)
+    assert "add_safe_globals" not in str(error.value)
 
 
 def test_timm_converts_what_it_has_a_conversion_for(tmp_path):
