@@ -75,6 +75,20 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def new_backbone(args: argparse.Namespace) -> nn.Module:
+    """The backbone that the flags of a training tell, with random weights."""
+    return build_backbone(
+        args.arch,
+        args.img_size,
+        args.patch_size,
+        args.in_chans,
+        args.drop_path_rate,
+        args.width,
+        args.grad_checkpointing,
+        args.num_heads,
+    )
+
+
 def build_backbone(
     arch: str,
     img_size: int = 224,

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augmentation
 import data
-from backbones import add_backbone_arguments, build_backbone
+from backbones import add_backbone_arguments, new_backbone
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
@@ -533,19 +533,6 @@ def build_model(args, batch_size, device):
     )
     objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)
     return convert_sync_batchnorm(Model(backbone, objective, args.precision))
-
-
-def new_backbone(args):
-    return build_backbone(
-        args.arch,
-        args.img_size,
-        args.patch_size,
-        args.in_chans,
-        args.drop_path_rate,
-        args.width,
-        args.grad_checkpointing,
-        args.num_heads,
-    )
 
 
 def wrap(model, device, compiled):
