@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
     state = {f"backbone.{k}": v for k, v in build_backbone("vit_tiny", img_size=16, patch_size=8).state_dict().items()}
     args = {"arch": "vit_tiny", "img_size": 16, "in_chans": 3, "patch_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
     args |= {"dataset": "imagefolder"}
-    torch.save({"student": state, "teacher": state, "args": args}, folder / "good.pth")
+    ours = {"format": "cplearn 2", "student": state, "teacher": state, "args": args}
+    torch.save(ours, folder / "good.pth")
     torch.save({"teacher": state, "args": args | {"more": Malicious(folder / "executed")}}, folder / "malicious.pth")
     (folder / "plain.pth").write_bytes(pickle.dumps(Malicious(folder / "executed")))
     (folder / "cut.pth").write_bytes((folder / "good.pth").read_bytes()[:100_000])
@@ -149,7 +150,7 @@ def several(tmp_path_factory):
         state |= {f"head.{k}": v for k, v in head.state_dict().items()}
         args = {"arch": "resnet8", "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
         args |= {"dataset": "imagefolder", "activation": "l2", "beta": 0.25, "prior": "kl"}
-        torch.save({"teacher": state, "args": args}, folder / f"{name}.pth")
+        torch.save({"format": "cplearn 2", "teacher": state, "args": args}, folder / f"{name}.pth")
     for split in ("train", "val"):
         for number in range(60):
             pixels = picture(20, 24, seed=1000 * (split == "val") + number)

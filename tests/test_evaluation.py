@@ -36,7 +36,8 @@ def folder(tmp_path_factory):
         args = {"arch": "resnet8", "img_size": size, "in_chans": 3, "mean": [0.5] * 3, "std": [size / 100] * 3}
         args |= {"dataset": "imagefolder" if name == "a" else "cifar10", "activation": "l2", "beta": 0.5}
         (folder / name).mkdir()
-        torch.save({"teacher": state | head, "student": state | head, "args": args}, folder / name / "checkpoint.pth")
+        saved = {"format": "cplearn 2", "teacher": state | head, "student": state | head, "args": args}
+        torch.save(saved, folder / name / "checkpoint.pth")
     torch.manual_seed(7)
     states = {
         "student": {f"module.backbone.{k}": v for k, v in vit().items()},

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_cplearn
+from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
@@ -109,7 +110,7 @@ def test_checkpoint_opens_with_plain_torch_load_and_as_dino_does(folder, tmp_pat
     assert state["epoch"] == 0 and state["step"] == 2 and state["args"]["arch"] == "vit_tiny"
     for key in ("student", "teacher"):  # what DINO's load_pretrained_weights does
         weights = {k.replace("module.", "").replace("backbone.", ""): v for k, v in state[key].items()}
-        backbone = main_cplearn.build_backbone("vit_tiny", 32, 16, 3)
+        backbone = build_backbone("vit_tiny", 32, 16, 3)
         missing, unexpected = backbone.load_state_dict(weights, strict=False)
         assert missing == [] and all(name.startswith("head.") for name in unexpected)
     size = (tmp_path / "checkpoint.pth").stat().st_size
