@@ -158,6 +158,8 @@ def test_a_split_given_by_name_has_its_counterpart_beside_it(tmp_path, monkeypat
     assert len(open_folder(tmp_path / "train2014", "val")) == 2
     monkeypatch.chdir(tmp_path / "train2014")
     assert len(open_folder(".", "val")) == 2 and len(open_folder("../train2017/", "val")) == 1
+    make_layout(tmp_path, "x/train/cat/1 x/train/train/1 x/train/test/1 x/val/cat/1")
+    assert open_folder(tmp_path / "x" / "train", "train").classes == ["cat", "test", "train"]
     for wrong in ("val2014", "cat/test"):  # never tested on what it was trained on
         with pytest.raises(UserError, match="no validation images"):
             open_folder(tmp_path / wrong, "val")
