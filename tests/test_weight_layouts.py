@@ -308,7 +308,8 @@ def transformers_state(dinov2, dim=192, tokens=1 + 16):
     for name, shape in dense.items():
         state |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     state |= {f"{name}.{part}": (dim,) for name in norms for part in ("weight", "bias")} | dict.fromkeys(scales, (dim,))
-    return {name: 0.2 * torch.randn(shape) for name, shape in state.items()}
+    small = 0.001 if not dinov2 else 1  # so that the norms' epsilon, 1e-12 for a ViTModel, is seen
+    return {name: (small if "embeddings" in name else 1) * 0.2 * torch.randn(shape) for name, shape in state.items()}
 
 
 def transformers_forward(state, x, eps, heads=3):
