@@ -43,7 +43,7 @@ HEAD_IMPLS = ("auto", "dense", "tiled", "triton")
 EPS = (
     1e-8  # least probability of Lemma 1, as in the paper's footnote 2 and the authors' code (its Algorithm 1 has 1e-6)
 )
-WINDOW = (2**14, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
+WINDOW = (2**12, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
 
 
 def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_mean=None):

@@ -15,12 +15,13 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_cplearn
+import monitor
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
-from runs import assert_same_checkpoint, logged
+from runs import assert_same_checkpoint, logged, write_pictures
 from utils import UserError
 
 ROOT = Path(main_cplearn.__file__).parent
@@ -485,3 +486,169 @@ def test_a_million_codes_train_on_a_cpu(tmp_path):
     assert "loss: tiled" in output and "8.00 MiB in memory (bits)" in output
     losses = [line["train_loss"] for line in read_log(tmp_path / "log.txt") if line["kind"] == "step"]
     assert len(losses) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+# ---- what a run says of itself ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"beta": 0.25}, []),
+        ({"beta": 4}, ["cluster collapse"]),
+        ({"beta": 0.25, "lr": 1e-9, "proj_dim": 8192}, ["the saddle of uniform p"]),  # so wide, p begins uniform
+    ],
+)
+def test_runs_that_learn_collapse_and_rest_are_told_apart(tmp_path_factory, tmp_path, capsys, changes, kinds):
+    pictures = tmp_path_factory.getbasetemp() / "pictures"
+    if not pictures.exists():
+        write_pictures(pictures, 192)
+    values = {"arch": "resnet8", "width": 16, "drop_path_rate": 0, "batch_size_per_gpu": 64, "lr": 1e-2, "epochs": 12}
+    run(pictures, tmp_path, **values | {"log_every": 3} | changes)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == len(kinds) and all(kind in w for kind, w in zip(kinds, warnings, strict=True)), warnings
+
+
+def test_the_window_of_codes_knows_no_epochs(folder, tmp_path):
+    run(folder, tmp_path, epochs=3, log_every=4)
+    lines = [line for line in read_log(tmp_path / "log.txt") if line["kind"] == "step"]
+    counted = [line["images_counted"] for line in lines]
+    assert counted == [32, 64, 96, 128, 160, 192, 224, 256, 288]  # through two borders
+    used = [line["codes_used"] for line in lines]
+    assert used == sorted(used)  # nothing has left the window yet
+
+
+def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, capsys):
+    run(folder, tmp_path / "whole", knn_every=1)
+
+    def broken(run):
+        raise ValueError("no neighbours today")
+
+    monkeypatch.setattr(main_cplearn, "knn", broken)
+    run(folder, tmp_path / "broken", knn_every=1)
+    assert "warning: step 12: k-NN could not be made: ValueError: no neighbours today" in capsys.readouterr().out
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "broken" / "checkpoint.pth")
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_cplearn, "knn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "cut", knn_every=1)
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == 12
+    monkeypatch.undo()
+    run(folder, tmp_path / "cut", knn_every=1)  # begins with the evaluation that was cut off
+    assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such backend"), OSError(28, "No space left on device"), KeyError("x")]
+)
+def test_a_figure_that_fails_is_a_warning(folder, tmp_path, monkeypatch, capsys, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(monitor, "pyplot", broken)
+    monkeypatch.setattr(main_cplearn, "plot_views", broken)
+    run(folder, tmp_path, max_steps=2)
+    said = capsys.readouterr().out
+    assert said.count("warning: step") == 2 and "loss.png" in said and "views.png" in said
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 2
+
+
+def test_a_notebooks_backend_is_no_fault(folder, tmp_path):
+    words = flags(folder, tmp_path, max_steps=2)
+    code, output = finish(start(words, MPLBACKEND="module://matplotlib_inline.backend_that_is_not_installed"))
+    assert code == 0 and "warning" not in output and (tmp_path / "loss.png").exists(), output
+
+
+def test_speed_counts_the_steps_since_the_start_and_not_those_of_the_checkpoint(folder, tmp_path, monkeypatch):
+    """Ten steps are in the line that the restored averages end; five of them were made in this start."""
+    built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path)))
+    built.log = main_cplearn.RunLog(tmp_path, 0, 100)
+    clock = main_cplearn.Clock()
+    for step, batch in enumerate(clock.waiting(built.loader.epoch(0))):
+        features = main_cplearn.train_one_step(built, batch, step)
+        if step == 4:
+            clock = main_cplearn.Clock()
+            clock.steps = 0
+        if step == 9:
+            break
+    clock.steps = 5
+    monkeypatch.setattr(clock, "elapsed", lambda: 2.0)
+    main_cplearn.log_step(built, 10, features, clock)
+    (line,) = read_log(tmp_path / "log.txt")
+    assert line["images_per_s"] == 5 * BATCH / 2.0
+
+
+def test_auto_may_choose_another_form_on_other_processes(folder, tmp_path):
+    """1 process: 2^20 logits, tiled; the checkpoint is then another number of processes' whose choice is dense."""
+    run(folder, tmp_path, max_steps=3, head_impl="tiled", epochs=1)
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    state["step"], state["args"]["head_impl"] = 2, "auto"
+    torch.save(state, tmp_path / "checkpoint.pth")
+    assert run(folder, tmp_path, max_steps=3, head_impl="dense", epochs=1) == 3
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 0.01])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_two_steps_of_each_optimizer_by_hand(folder, tmp_path, optimizer, clip_grad):
+    """In float64, with weight decay on matrices alone; the gradient is the loss's of the first layer's weights."""
+    values = {"arch": "resnet8", "width": 16, "drop_path_rate": 0, "optimizer": optimizer, "clip_grad": clip_grad}
+    built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path, **values)))
+    model, lr, decay = built.model, 0.03, 0.2
+    for group in built.optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, decay * group["decayed"]
+    by_hand = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in by_hand.items()}
+    torch.manual_seed(0)
+    for step in (1, 2):
+        grads = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.grad = grads[name].clone()
+        norm = torch.cat([g.double().flatten() for g in grads.values()]).norm()
+        assert main_cplearn.update_weights(built).item() == pytest.approx(norm.item(), rel=1e-5)
+        scale = min(1.0, clip_grad / (norm.item() + 1e-6)) if clip_grad else 1.0
+        for name, p in by_hand.items():
+            g, (m, v) = grads[name].double() * scale, moments[name]
+            wd = decay if p.ndim > 1 else 0.0
+            if optimizer == "adamw":  # Loshchilov and Hutter 2019, Algorithm 2
+                p *= 1 - lr * wd
+                m.lerp_(g, 0.1)
+                v.lerp_(g * g, 0.001)
+                p -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            elif optimizer == "sgd":
+                m.mul_(0.9).add_(g + wd * p)
+                p -= lr * m
+            else:  # You et al. 2017; timm leaves parameters without decay unscaled
+                trust = 0.001 * p.norm() / (g.norm() + wd * p.norm() + 1e-8) if wd else 1.0
+                m.mul_(0.9).add_((g + wd * p) * trust)
+                p -= lr * m
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), by_hand[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(folder, tmp_path, optimizer, first):
+    values = {"arch": "resnet8", "width": 16, "drop_path_rate": 0, "optimizer": optimizer}
+    built, undisturbed = (
+        main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path / name, **values)))
+        for name in ("a", "b")
+    )
+    for current, finite in (
+        (built, (False, True) if first else (True, False, True)),
+        (undisturbed, (True,) * (2 - first)),
+    ):
+        for group in current.optimizer.param_groups:
+            group["lr"] = 0.1
+        for is_finite in finite:
+            for p in current.model.parameters():
+                p.grad = torch.full_like(p, 1.0 if is_finite else math.inf)
+            main_cplearn.update_weights(current)
+    for (name, p), q in zip(built.model.named_parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name

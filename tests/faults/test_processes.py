@@ -1,0 +1,70 @@
+"""Several processes of one run: what is saved once, and processes that do not see or want the same."""
+
+import itertools
+import os
+import re
+from functools import partial
+
+import pytest
+from injection import replace
+
+import main_cplearn
+from runs import flags, launch, run_to_end
+
+
+def count_saves():
+    def wrap(save):
+        def counted(run, step, *args, **kwargs):
+            if main_cplearn.rank() == 0:
+                print(f"saved at {step}/", flush=True)
+            return save(run, step, *args, **kwargs)
+
+        return counted
+
+    replace("main_cplearn.save", wrap)
+    replace("main_cplearn.time.monotonic", lambda _: clock_of_steps)
+
+
+def clock_of_steps(counter=[0.0]):  # noqa: B006 (its state)
+    counter[0] += 0.01
+    return counter[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_that_is_due_is_made_once(folder, tmp_path, processes):
+    words = flags(folder, tmp_path / "run", processes, save_every_minutes=0.005, epochs=2)  # 0.3 of that clock
+    said = run_to_end(words, tmp_path, processes, dict.fromkeys(range(processes), count_saves))
+    steps = [int(step) for step in re.findall(r"saved at (\d+)/", said)]
+    assert len(steps) >= 3 and all(b - a > 1 for a, b in itertools.pairwise(steps)), steps
+
+
+def see_fewer_files():
+    def wrap(open_dataset):
+        def opened(args, split="train"):
+            images = open_dataset(args, split)
+            return type(images)(os.fsdecode(images.root), [images.relative_name(i) for i in range(len(images) - 2)])
+
+        return opened
+
+    replace("main_cplearn.open_dataset", wrap)
+
+
+@pytest.mark.parametrize("difference", ["files", "flags"])
+def test_processes_that_see_different_things_stop_before_the_first_step(folder, tmp_path, difference):
+    words = flags(folder, tmp_path / "run", 2)
+    fault = see_fewer_files if difference == "files" else partial(setattr_of, "beta", 0.75)
+    job = launch(words, tmp_path, 2, {1: fault})
+    assert job.wait() == [2, 2], job.output()
+    expected = "images 96 and 94" if difference == "files" else "--beta 0.25 and 0.75"
+    assert f"rank 0 and rank 1 differ: {expected}" in job.output() and "Traceback" not in job.output()
+
+
+def setattr_of(name, value):
+    def wrap(check_arguments):
+        def checked(args, device):
+            setattr(args, name, value)
+            return check_arguments(args, device)
+
+        return checked
+
+    replace("main_cplearn.check_arguments", wrap)
