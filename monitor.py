@@ -383,27 +383,28 @@ def pyplot():
     return plt
 
 
-# loss.png: title of a panel, scale, and its curves {label: function of a line of log.txt}
+# loss.png: title of a panel, least value shown (None: as it comes; "log": a logarithmic scale), and its curves
+# {label: function of a line of log.txt}
 PANELS = {
-    "loss and what it is made of (nats)": ("linear", {
+    "loss and what it is made of (nats)": (None, {
         "loss": lambda line: line["train_loss"],
         "beta x invariance": lambda line: line["train_loss"] - line["train_prior"],
         "prior": lambda line: line["train_prior"],
     }),
-    "information (nats per image)": ("linear", {
+    "information = log K - prior - entropy of p (nats per image)": (None, {
         "log K": lambda line: math.log(line["num_codes"]),
         "entropy of p": lambda line: line["train_entropy"],
-        "information: log K - prior - entropy of p": lambda line: line["information"],
+        "information": lambda line: line["information"],
         "least prior of hard p": lambda line: line["least_hard_prior"],
         "prior": lambda line: line["train_prior"],
     }),
-    "codes": ("log", {
+    "codes": (0, {
         "in use": lambda line: line["codes_used"],
         "perplexity": lambda line: line["perplexity"],
         "perplexity within a batch": lambda line: line["batch_perplexity"],
     }),
-    "features": ("linear", {"RankMe": lambda line: line["rankme"]}),
-    "spread of features (0: all alike)": ("linear", {"spread": lambda line: line["spread"]}),
+    "effective rank of the features (RankMe)": (0, {"RankMe": lambda line: line["rankme"]}),
+    "spread of the features (0: all alike; at most 1)": (0, {"spread": lambda line: line["spread"]}),
     "optimisation": ("log", {
         "learning rate": lambda line: line["train_lr"],
         "gradient norm": lambda line: line["train_grad_norm"],
@@ -416,17 +417,18 @@ def plot_log(log_path, figure_path):
     plt = pyplot()
     lines = [line for line in read_log(log_path) if line["kind"] == "step"]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), sharex=True)
-    for axis, (title, (scale, curves)) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, (title, (least, curves)) in zip(axes.flat, PANELS.items(), strict=True):
         for label, value_of in curves.items():
             points = [(line["step"], value) for line in lines if (value := value_or_none(value_of, line)) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
-        axis.set(title=title, yscale=scale if axis.has_data() else "linear")
-        if scale == "log":
-            axis.yaxis.set_major_formatter(plt.matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        axis.set_title(title)
+        if least == "log" and axis.has_data():
+            axis.set_yscale("log")
+        elif least is not None:
+            axis.set_ylim(bottom=least)
         if len(axis.get_lines()) > 1:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="best", frameon=True, framealpha=0.85, edgecolor="none")
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.savefig(figure_path)
