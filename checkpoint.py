@@ -85,7 +85,11 @@ def save_last_whole_step(run):
     with run.watch.paused():
         recorder = run.recorder.read_alone(run.may_overflow)
         run.log.flush(to_disk=True)
-        save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
+        try:
+            save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
+        except OSError as error:  # why the run ends, and with which code, is not the disk's business
+            run.log.print(f"warning: step {step}: {error}; the earlier checkpoint is whole")
+            return
     run.log.print(f"saved the last whole step, {step}, to {checkpoint_path(run.args)}")
 
 

@@ -225,12 +225,14 @@ def train(args):
     Raises UserError for flags and files that cannot work, NonFiniteLoss, and SystemExit after a signal."""
     run = build_run(args)
     step = resume(run)
-    run.log = RunLog(args.output_dir, step, run.total_steps)
+    # an earlier start that ended inside its k-NN has saved the epoch's numbers, and not yet the epoch's line
+    epoch_is_open = run.recorder.epoch.count > 0 and step % run.loader.steps_per_epoch == 0
+    run.log = RunLog(args.output_dir, step, run.total_steps, epoch_is_open)
     describe(run, step)
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
         try:
-            if run.recorder.epoch.count and step % run.loader.steps_per_epoch == 0:
-                finish_epoch(run, step)  # the earlier start ended in its k-NN
+            if epoch_is_open:
+                finish_epoch(run, step)
             keep_copy(run, step)  # the earlier start may have ended before it could
             while step < run.total_steps:
                 step = train_one_epoch(run, step)
@@ -402,7 +404,7 @@ def finish_epoch(run, step):
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
         save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
         # what fails on one of several processes ends them all: the others are inside a collective
-        with run.watch.paused(), run.log.going_on("k-NN") if world_size() == 1 else contextlib.nullcontext():
+        with run.watch.paused(), run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
             found = knn(run)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)

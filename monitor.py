@@ -110,7 +110,7 @@ class RunLog:
 
     A disk that is full or read-only for a while costs no line of log.txt: they wait in memory."""
 
-    def __init__(self, output_dir, step, total_steps):
+    def __init__(self, output_dir, step, total_steps, epoch_is_open=False):
         self.folder, self.total_steps = Path(output_dir), total_steps
         self.step = self.first_step = step
         self.started = time.monotonic()
@@ -120,7 +120,7 @@ class RunLog:
         self.drawn_at = -math.inf
         if rank() == 0:
             threading.excepthook = keep_tensorboard_quiet
-            drop_lines_after(self.folder / "log.txt", step)
+            drop_lines_after(self.folder / "log.txt", step, epoch_is_open)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -179,13 +179,13 @@ class RunLog:
                 self.waiting = ""
 
     @contextlib.contextmanager
-    def going_on(self, what):
+    def going_on(self, what, failed="could not be written"):
         """What cannot be written, or drawn, is a warning: the run goes on, and the disk may be mended meanwhile."""
         try:
             yield
         except Exception as error:  # of a disk, or whatever a library of figures raises: never worth a run
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
-            self.print(f"warning: step {self.step}: {what} could not be written: {reason}; going on")
+            self.print(f"warning: step {self.step}: {what} {failed}: {reason}; going on")
 
     def _show(self, line):
         speed = f"{line['images_per_s']:.0f} images/s"
@@ -237,10 +237,13 @@ def read_log(path):
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line]
 
 
-def drop_lines_after(path, step):
-    """Remove what a killed run logged after its last checkpoint: the resumed run writes it again."""
+def drop_lines_after(path, step, epoch_is_open=False):
+    """Remove what a killed run logged after its last checkpoint: the resumed run writes it again. epoch_is_open: the
+    checkpoint is of an epoch's end, and the epoch's own line comes after it."""
     if path.exists():
         kept = [line for line in read_log(path) if line["step"] <= step]
+        if epoch_is_open:
+            kept = [line for line in kept if (line["kind"], line["step"]) != ("epoch", step)]
         with replace_file(path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
