@@ -232,6 +232,7 @@ def train(args):
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
         try:
             if epoch_is_open:
+                set_schedules(run, step - 1)
                 finish_epoch(run, step)
             keep_copy(run, step)  # the earlier start may have ended before it could
             while step < run.total_steps:

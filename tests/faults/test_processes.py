@@ -25,7 +25,7 @@ def count_saves():
     replace("main_cplearn.time.monotonic", lambda _: clock_of_steps)
 
 
-def clock_of_steps(counter=[0.0]):  # noqa: B006 (its state)
+def clock_of_steps(counter=[1e9]):  # noqa: B006 (its state; later than the real clock, by which the run was made)
     counter[0] += 0.01
     return counter[0]
 
@@ -33,7 +33,7 @@ def clock_of_steps(counter=[0.0]):  # noqa: B006 (its state)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_save_that_is_due_is_made_once(folder, tmp_path, processes):
     words = flags(folder, tmp_path / "run", processes, save_every_minutes=0.005, epochs=2)  # 0.3 of that clock
-    said = run_to_end(words, tmp_path, processes, dict.fromkeys(range(processes), count_saves))
+    said = run_to_end(words, tmp_path, processes, faults=dict.fromkeys(range(processes), count_saves))
     steps = [int(step) for step in re.findall(r"saved at (\d+)/", said)]
     assert len(steps) >= 3 and all(b - a > 1 for a, b in itertools.pairwise(steps)), steps
 
@@ -53,7 +53,7 @@ def see_fewer_files():
 def test_processes_that_see_different_things_stop_before_the_first_step(folder, tmp_path, difference):
     words = flags(folder, tmp_path / "run", 2)
     fault = see_fewer_files if difference == "files" else partial(setattr_of, "beta", 0.75)
-    job = launch(words, tmp_path, 2, {1: fault})
+    job = launch(words, tmp_path, processes=2, faults={1: fault})
     assert job.wait() == [2, 2], job.output()
     expected = "images 96 and 94" if difference == "files" else "--beta 0.25 and 0.75"
     assert f"rank 0 and rank 1 differ: {expected}" in job.output() and "Traceback" not in job.output()
