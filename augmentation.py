@@ -199,7 +199,8 @@ def make_views(recipe, epoch, indices, device, images=None, crops=None):
 
     indices: (B,) int64, the images in the batch.
     images:  uint8 (B, C, H, W), whole images of one size, cropped here; or
-    crops:   V uint8 tensors (B, C, h, w), cropped and flipped already by `crop_image`.
+    crops:   of each size a uint8 tensor (n, C, h, w), cropped and flipped already by `crop_image`: all images of the
+             size's first view, then all of the second, ...
     Returns V float32 tensors (B, in_chans, h, w) on `device`, normalised: the two global ones, then the local ones.
     The chain runs in float32 on [0, 1] and is not rounded to 255 levels between the operations, as PIL's is. Nothing
     here waits for the device.
@@ -209,12 +210,12 @@ def make_views(recipe, epoch, indices, device, images=None, crops=None):
         if images is not None:  # gray stays one channel until the end
             images = images.to(device, non_blocking=True)
             images = match_channels(images, min(recipe.in_chans, images.shape[1]))
-        for group in recipe.view_groups():
+        for number, group in enumerate(recipe.view_groups()):
             draws = view_draws(recipe, epoch, indices, group.views)  # (n, NUM_DRAWS), on the host
             if images is not None:
                 x = crop_batch(images, draws, group, recipe)
             else:
-                x = torch.cat([crops[view].to(device, non_blocking=True) for view in group.views]).float()
+                x = crops[number].to(device, non_blocking=True).float()
             x = photometric(x.div_(255), draws, group, recipe)  # (n, C, h, w)
             x = normalize(match_channels(x, recipe.in_chans), recipe.mean, recipe.std)
             if recipe.noise_std:

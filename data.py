@@ -1,13 +1,14 @@
 """Images in, batches out: loaders of training and evaluation, and the flags that say what the network is given.
 
     images = images.open_dataset(args)                   # names, labels if there are any, pixels on demand
-    loader = TrainLoader(images, args, batch_size, rank, world_size)
+    loader = TrainLoader(images, args, batch_size, rank, world_size, device=device)
     for batch in loader.epoch(epoch, first_step):        # uint8, decoded and cropped by worker processes
         views = loader.augment(batch, device)            # V float32 tensors (B, C, h, w), normalised, on the device
 
-    for indices, x in eval_batches(images, img_size, in_chans, mean, std, batch_size):       # each image exactly once
+    # each image exactly once
+    for indices, x in eval_batches(images, img_size, in_chans, mean, std, batch_size, device=device):
 
-How a view is made from an image is in augmentation.py. As there, nothing here has a generator with a past: the order of
+How a view is made from an image is in augmentation.py. Nothing in either file has a generator with a past: the order of
 an epoch is a function of (seed, epoch), the replacement of a bad file of (seed, epoch, image index).
 
 Shapes: N images of a set, B of a batch (b where the last may be short), V views, C channels, H x W image, h x w crop.
@@ -18,8 +19,10 @@ import dataclasses
 import functools
 import itertools
 import os
+import pickle
 import signal
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
@@ -161,7 +164,8 @@ class Batch:
     """What one process trains on in one step, before the device's part of the augmentation.
 
     indices: (B,) int64, the images in the batch. A bad file's place holds the index of its replacement.
-    crops:   V uint8 tensors (B, C, h, w), cropped and flipped; None when `images` is set.
+    crops:   of each size a uint8 tensor (n, C, h, w), cropped and flipped: its first view of all images, then its
+             second, ...; None when `images` is set.
     images:  uint8 (B, C, H, W), whole images of a set in memory, cropped later; None when `crops` is set.
     bad:     {index: reason} for the files that could not be read.
     """
@@ -190,18 +194,19 @@ class TrainLoader:
     G = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
     number of processes at equal G. What is left over at the end of an epoch is dropped.
     recipe: of the views; by default the one that the flags of augmentation.py name.
+    device: where the views are made; batches for a CUDA device are pinned, so that copies to it do not block.
     Raises UserError if there are fewer images than one batch, or args.in_chans cannot be made from the images.
 
     .steps_per_epoch, .num_views; .bad_images {name: reason} of the files this process could not read so far;
     .num_bad_images how many of them it met in the current epoch.
     """
 
-    def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None):
-        self.images, self.batch_size, self.rank, self.world_size = images, batch_size, rank, world_size
-        self.seed, self.max_bad_images = args.seed, args.max_bad_images
+    def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None, device="cpu"):
+        self.images, self.max_bad_images, self.device = images, args.max_bad_images, torch.device(device)
+        self.plan = Plan(args.seed, len(images), batch_size, rank, world_size)
+        self.steps_per_epoch = self.plan.steps_per_epoch
         self.recipe = recipe or make_recipe(args)
         self.num_views = sum(len(group.views) for group in self.recipe.view_groups())
-        self.steps_per_epoch = len(images) // (batch_size * world_size)
         self.bad_images, self.num_bad_images = {}, 0
         check_channels(images, args.in_chans)
         if self.steps_per_epoch == 0:
@@ -209,58 +214,37 @@ class TrainLoader:
                 f"{len(images)} images do not fill one batch of {batch_size * world_size} ({batch_size} on each of "
                 f"{world_size} processes): lower the batch size or add images"
             )
+        self.coming = None  # (step of the run, end of the run) of the batch that `stream` gives next
         if isinstance(images, FolderImages):
-            self.plan = EpochPlan()
-            self.start_workers = functools.partial(
-                worker_loader,
-                CropDataset(images, self.recipe),
-                self.plan,
-                args.num_workers,
-                persistent_workers=args.num_workers > 0,
-                pin_memory=torch.cuda.is_available(),
-            )
-            self.workers = self.start_workers()  # for all epochs: they keep no state, what to do comes with the item
+            dataset = CropDataset(images, self.recipe)
+            self.workers = Workers(dataset, args.num_workers, self.device, persistent=True)
 
-    def epoch(self, epoch, first_step=0):
-        """Iterates over the Batches of one epoch from step `first_step` on; those before it are not read."""
-        global_batch = self.batch_size * self.world_size
-        order = epoch_order(self.seed, epoch, len(self.images))[: self.steps_per_epoch * global_batch]
-        mine = order.reshape(self.steps_per_epoch, self.world_size, self.batch_size)[first_step:, self.rank]
+    def epoch(self, epoch, first_step=0, end=None):
+        """Iterates over the Batches of one epoch from step `first_step` on; those before it are not read.
+
+        end: steps of the whole run, if more epochs follow: while the last batches of this epoch are used, the workers
+        make the first ones of the next, and after the run's last batch none.
+        """
+        start, after = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        end = after if end is None else end
         self.num_bad_images = 0
-        if isinstance(self.images, FolderImages):
-            batches = self.batches_of_files(epoch, mine)
-        else:
-            batches = (self.batch_in_memory(epoch, indices) for indices in mine)
-        for batch in batches:
+        for step in range(start + first_step, min(after, end)):
+            batch = self.batch(step, end)
             self.note_bad_images(batch)
             yield batch
 
-    def batches_of_files(self, epoch, steps):
-        """What the workers make. If one dies, all are replaced and go on: a batch is a function of its items."""
-        done = deaths = 0
-        while done < len(steps):
-            self.plan.epoch, self.plan.steps = epoch, steps[done:]
-            try:
-                batches = iter(self.workers)  # hears of one that died since the last epoch
-                hear_of_dead_workers_in_next_only()
-                for batch in batches:
-                    yield batch
-                    done, deaths = done + 1, 0
-            except (RuntimeError, OSError, EOFError) as error:
-                if not is_of_dead_worker(error):
-                    raise
-                deaths += 1
-                if deaths > MAX_DEATHS:
-                    raise RunFailed(
-                        f"data workers died {deaths} times without making one batch; if memory was short, lower "
-                        "--num_workers"
-                    ) from None
-                print(f"a data worker died ({first_line(error)}); starting new ones", flush=True)
-                self.workers = self.start_workers()
+    def batch(self, step, end):
+        """Of a step of the run, the next one of the stream; or a new stream begins at it."""
+        if self.coming != (step, end):
+            self.stream = self.batches(step, end)
+        self.coming = step + 1, end
+        return next(self.stream)
 
-    def batch_in_memory(self, epoch, indices):
-        batch = Batch(epoch, indices, images=self.images.data[torch.from_numpy(indices)])
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+    def batches(self, step, end):
+        plan, images, device = self.plan, self.images, self.device  # not self: a circle would keep the workers alive
+        if isinstance(images, FolderImages):
+            return self.workers.batches(lambda done: plan.steps(step + done, end))
+        return (batch_in_memory(images, epoch, indices, device) for epoch, indices in plan.steps(step, end))
 
     def augment(self, batch, device):
         """Views of a batch: V float32 tensors (B, in_chans, h, w) on `device`, normalised; see `make_views`."""
@@ -295,6 +279,32 @@ class TrainLoader:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which images a process takes in which step of the run: a function, without a past."""
+
+    seed: int
+    num_images: int
+    batch_size: int  # per process
+    rank: int
+    world_size: int
+
+    @property
+    def steps_per_epoch(self):
+        return self.num_images // (self.batch_size * self.world_size)
+
+    def steps(self, step, end):
+        """(epoch, indices int64 (B,)) for each step of the run from `step` to before `end`."""
+        while step < end:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            order = epoch_order(self.seed, epoch, self.num_images)
+            order = order[: self.steps_per_epoch * self.world_size * self.batch_size]
+            mine = order.reshape(self.steps_per_epoch, self.world_size, self.batch_size)[first:, self.rank]
+            for indices in mine[: end - step]:
+                yield epoch, indices
+            step += len(mine)
+
+
 # "views" of things that are not views
 ORDER_OF_EPOCH, REPLACEMENT = 1 << 32, (1 << 32) + 1
 
@@ -304,62 +314,41 @@ def epoch_order(seed, epoch, count):
     return np.argsort(uniform(seed, epoch, np.arange(count), ORDER_OF_EPOCH, 1)[:, 0], kind="stable")
 
 
-MAX_DEATHS = 3  # of workers, in a row
-
-
-def hear_of_dead_workers_in_next_only():
-    """PyTorch's handler of SIGCHLD raises its error wherever the main thread happens to be, in the middle of an update
-    of the weights too. Without it `next(batches)` notices within five seconds."""
-    if threading.current_thread() is threading.main_thread():  # elsewhere PyTorch has set none
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def is_of_dead_worker(error):
-    """PyTorch's own error, or that of the connection by which a tensor was to come; but not what a worker raised."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return not str(error).startswith("Caught ")
-
-
-class EpochPlan:
-    """The DataLoader's batch sampler. It lives in the training process: workers see its items (epoch, index) only."""
-
-    epoch, steps = 0, ()
-
-    def __iter__(self):
-        return ([(self.epoch, index) for index in step.tolist()] for step in self.steps)
+def batch_in_memory(images, epoch, indices, device):
+    batch = Batch(epoch, indices, images=images.data[torch.from_numpy(indices)])
+    return batch.pin_memory() if device.type == "cuda" else batch
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Items (epoch, index) of one batch -> Batch, a pure function."""
+    """(epoch, indices of one batch) -> Batch, a pure function."""
 
     MAX_ATTEMPTS = 100  # at --max_bad_images 0.5, chance leaves no good replacement once in 10^30
 
     def __init__(self, images, recipe):
         self.images, self.recipe = images, recipe
 
-    def __getitems__(self, items):
-        recipe, batch = self.recipe, Batch(items[0][0], np.array([index for _, index in items]))
+    def __getitems__(self, step):
+        epoch, indices = step
+        recipe, batch = self.recipe, Batch(epoch, indices.copy())
         groups = recipe.view_groups()
         crops = [
-            torch.empty((len(items), recipe.in_chans, group.size, group.size), dtype=torch.uint8)
+            torch.empty((len(group.views), len(indices), recipe.in_chans, group.size, group.size), dtype=torch.uint8)
             for group in groups
-            for _ in group.views
         ]
-        for row, (epoch, index) in enumerate(items):
-            image = self.load_or_replace(batch, row, epoch, index)
+        for row in range(len(indices)):
+            image = self.load_or_replace(batch, row)
             if image is None:
                 return batch
-            for group in groups:
+            for group, views in zip(groups, crops, strict=True):
                 draws = view_draws(recipe, epoch, batch.indices[row : row + 1], group.views)
-                for view, crop in zip(group.views, crop_image(image, draws, group, recipe), strict=True):
-                    crops[view][row] = crop
-        batch.crops = crops
+                for view, crop in enumerate(crop_image(image, draws, group, recipe)):
+                    views[view, row] = crop
+        batch.crops = [views.flatten(0, 1) for views in crops]
         return batch
 
-    def load_or_replace(self, batch, row, epoch, index):
+    def load_or_replace(self, batch, row):
         """The image, or the first readable one of a list that is a function of (seed, epoch, index), or None."""
-        candidates = [index]
+        candidates = [int(batch.indices[row])]
         for attempt in range(self.MAX_ATTEMPTS):
             try:
                 image = self.images.load(candidates[attempt], self.recipe.in_chans)
@@ -369,7 +358,7 @@ class CropDataset(torch.utils.data.Dataset):
                 batch.bad[candidates[attempt]] = str(error)
                 if attempt == 0:
                     batch.num_failed += 1
-                    draws = uniform(self.recipe.seed, epoch, index, REPLACEMENT, self.MAX_ATTEMPTS)[0]
+                    draws = uniform(self.recipe.seed, batch.epoch, candidates[0], REPLACEMENT, self.MAX_ATTEMPTS)[0]
                     candidates += (draws * len(self.images)).astype(int).tolist()
         return None
 
@@ -377,35 +366,39 @@ class CropDataset(torch.utils.data.Dataset):
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
-def eval_batches(images, img_size, in_chans, mean, std, batch_size, rank=0, world_size=1, num_workers=0, indices=None):
+def eval_batches(
+    images, img_size, in_chans, mean, std, batch_size, rank=0, world_size=1, num_workers=0, indices=None, device="cpu"
+):
     """Every image once, without augmentation: DINO's evaluation transform for folders, whole images of sets in memory.
 
     Folders: the shorter side is resized to img_size * 256 / 224 px, bicubic, then the centre is cropped. Sets in
     memory are resized to img_size if they have another size.
     indices: int (M,) of the images to take, in this order; default all. This process gets indices[rank::world_size];
     the last batch may be short.
-    Yields (indices int64 numpy (b,), float32 (b, in_chans, img_size, img_size), normalised, on the CPU).
+    Yields (indices int64 numpy (b,), float32 (b, in_chans, img_size, img_size), normalised, on `device`).
     Raises UserError naming the file if one cannot be read: a score must count every image.
     """
     check_channels(images, in_chans)
+    device = torch.device(device)
     mine = np.asarray(np.arange(len(images)) if indices is None else indices, np.int64)[rank::world_size]
     steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     if isinstance(images, FolderImages):
-        batches = worker_loader(EvalDataset(images, img_size, in_chans), steps, num_workers)
+        workers = Workers(EvalDataset(images, img_size, in_chans), num_workers, device)
+        batches = workers.batches(lambda done: steps[done:])
     else:
-        batches = (eval_batch_in_memory(images, step, img_size, in_chans) for step in steps)
+        batches = (eval_batch_in_memory(images, step, img_size, in_chans, device) for step in steps)
     for step, x in zip(steps, batches, strict=True):
-        if isinstance(x, str):
-            raise UserError(x)
+        x = x.to(device, non_blocking=True)  # a byte per level; floats are made there
         yield step, normalize(x.float() / 255, mean, std)
 
 
-def eval_batch_in_memory(images, indices, img_size, in_chans):
-    return match_channels(resize_batch(images.data[torch.from_numpy(indices)], img_size), in_chans)
+def eval_batch_in_memory(images, indices, img_size, in_chans, device):
+    x = match_channels(resize_batch(images.data[torch.from_numpy(indices)], img_size), in_chans)
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 class EvalDataset(torch.utils.data.Dataset):
-    """Indices of one batch -> uint8 (b, C, img_size, img_size), or a line that says which file is bad."""
+    """Indices of one batch -> uint8 (b, C, img_size, img_size), or the UserError that says which file is bad."""
 
     def __init__(self, images, img_size, in_chans):
         self.images, self.img_size, self.in_chans = images, img_size, in_chans
@@ -416,11 +409,20 @@ class EvalDataset(torch.utils.data.Dataset):
             try:
                 x[row] = resize_and_center_crop(self.images.load(index, self.in_chans), self.img_size)
             except BadImage as error:
-                return f"cannot read {self.images.name(index)}: {error}; a score counts all images: repair or remove it"
+                return UserError(
+                    f"cannot read {self.images.name(index)}: {error}; a score counts all images: repair or remove it"
+                )
         return x
 
 
+LONGEST = 8  # times its shorter side: what is kept of a strip before it is resized
+
+
 def resize_and_center_crop(image, size):
+    """uint8 (C, H, W) -> (C, size, size): the shorter side becomes size * 256 / 224 px, then the centre is cropped.
+
+    The ends of a strip would be enlarged and thrown away: a row of 20,000 px to 10 GB. They are cut off first."""
+    image = middle(image, LONGEST * min(image.shape[1:]))
     height, width = image.shape[1:]
     shorter = round(size * 256 / 224)
     if height <= width:
@@ -429,6 +431,12 @@ def resize_and_center_crop(image, size):
         height, width = int(shorter * height / width), shorter
     top, left = round((height - size) / 2), round((width - size) / 2)
     return resize(image, (height, width))[:, top : top + size, left : left + size]
+
+
+def middle(image, longest):
+    """At most so many (or one more) rows and columns, with the same centre, to half a pixel."""
+    top, left = (max(0, side - longest) // 2 for side in image.shape[1:])
+    return image[:, top : image.shape[1] - top, left : image.shape[2] - left]
 
 
 # Both loaders ---------------------------------------------------------------------------------------------------------
@@ -443,20 +451,145 @@ def check_channels(images, in_chans):
         )
 
 
-def worker_loader(dataset, batch_sampler, num_workers, **options):
-    """A DataLoader whose `dataset` makes whole batches."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=already_collated,
-        worker_init_fn=start_worker,
-        **options,
-    )
+MAX_DEATHS = 3  # of workers, in a row
 
 
-def already_collated(batch):
+class Workers:
+    """Processes that make whole batches, in order. If one dies, all are replaced and go on.
+
+    dataset: its __getitems__ makes a batch of a step, as a pure function; what it returns is a UserError if it cannot.
+    num_workers: 0 makes the batches in this process.
+    device: where the batches go; those for a CUDA device are pinned by a thread.
+    persistent: the processes stay for the next call of `batches`.
+    """
+
+    def __init__(self, dataset, num_workers, device, persistent=False):
+        self.steps = Steps()
+        self.start = functools.partial(
+            torch.utils.data.DataLoader,
+            dataset,
+            batch_sampler=self.steps,
+            num_workers=num_workers,
+            collate_fn=hand_over if num_workers else as_it_is,
+            worker_init_fn=start_worker,
+            persistent_workers=persistent and num_workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        self.loader = self.start()
+
+    def batches(self, steps_from):
+        """The batches of the steps that steps_from(0) iterates over; steps_from(n): without the first n of them.
+
+        Raises the UserError that a batch is, and RunFailed if no batch comes out of the workers."""
+        done = deaths = 0
+        while True:
+            self.steps.coming, failure = steps_from(done), None
+            try:
+                for batch in self.begin():
+                    if isinstance(batch, UserError):
+                        failure = batch
+                        break
+                    done, deaths = done + 1, 0
+                    yield batch
+                else:
+                    return
+            except (RuntimeError, OSError, EOFError) as error:
+                if is_of_resources(error):
+                    failure = cannot_hand_over(error)
+                elif not is_of_dead_worker(error):
+                    raise
+                reason, deaths = first_line(error), deaths + 1
+            if deaths > MAX_DEATHS:
+                failure = RunFailed(
+                    f"data workers died {deaths} times without making one batch; if memory was short, lower "
+                    "--num_workers"
+                )
+            self.loader = None  # ends the old workers before anything else: memory may be short
+            if failure:
+                raise failure
+            print(f"a data worker died ({reason}); starting new ones", flush=True)
+            self.loader = self.start()
+
+    def begin(self):
+        batches = iter(self.loader)  # hears of one that died since the last call
+        hear_of_dead_workers_in_next_only()
+        return batches
+
+
+class Steps:
+    """The DataLoader's batch sampler; it stays in the training process."""
+
+    coming = ()
+
+    def __iter__(self):
+        return iter(self.coming)
+
+
+def as_it_is(batch):
     return batch
+
+
+def hand_over(batch):
+    """Pickle it here, in the worker's own thread, whose errors reach the training process.
+
+    The thread of the DataLoader's queue would print the error and forget the batch: the training process would wait
+    for it for ever."""
+    try:
+        return Pickled(ForkingPickler.dumps(batch))
+    except (RuntimeError, OSError) as error:
+        return cannot_hand_over(error)
+
+
+class Pickled:
+    """Comes out of the queue as what it was. content: bytes, without the tensors, which lie in shared memory."""
+
+    def __init__(self, content):
+        self.content = bytes(content)
+
+    def __reduce__(self):
+        return pickle.loads, (self.content,)
+
+
+SHORT_OF_SHARED_MEMORY = "shared memory (/dev/shm) is short: lower --num_workers, or give it more (docker --shm-size)"
+REMEDIES = {  # by a part of the message
+    "AF_UNIX path too long": "the path of TMPDIR is too long for a socket: set TMPDIR to a shorter one",
+    "Too many open files": "lower --num_workers, or raise the limit of open files (ulimit -n)",
+    "shared memory": SHORT_OF_SHARED_MEMORY,
+    "No space left": SHORT_OF_SHARED_MEMORY,
+    "": "lower --num_workers",
+}
+
+
+def cannot_hand_over(error):
+    remedy = next(text for part, text in REMEDIES.items() if part in str(error))
+    return RunFailed(f"a data worker cannot start or hand over its batch: {first_line(error)}; {remedy}")
+
+
+def is_of_resources(error):
+    """Whether this process has too little of something to start workers, or to take what they hand over."""
+    is_sockets = isinstance(error, OSError) and not is_of_lost_connection(error)
+    return not str(error).startswith("Caught ") and (is_sockets or "Too many open files" in str(error))
+
+
+def is_of_dead_worker(error):
+    """PyTorch's own error, or that of the connection by which a tensor was to come; but not what a worker raised."""
+    text = str(error)
+    if text.startswith("Caught ") and " in pin memory thread" not in text.partition("\n")[0]:
+        return False
+    return is_of_lost_connection(error) or text.startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+
+
+def is_of_lost_connection(error):
+    """EOFError, ...; an OSError of the module multiprocessing has no number."""
+    lost = (EOFError, ConnectionError, FileNotFoundError)
+    return isinstance(error, lost) or (isinstance(error, OSError) and "end of file" in str(error))
+
+
+def hear_of_dead_workers_in_next_only():
+    """PyTorch's handler of SIGCHLD raises its error wherever the main thread happens to be, in the middle of an update
+    of the weights too. Without it `next(batches)` notices within five seconds."""
+    if threading.current_thread() is threading.main_thread():  # elsewhere PyTorch has set none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def start_worker(worker_id):

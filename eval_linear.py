@@ -218,7 +218,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
     run = HeadRun(evaluated, head_folder(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
     run.resume()
     loader = data.TrainLoader(
-        train_images, args, args.batch_size, utils.rank(), utils.world_size(), recipe=make_crop_recipe(args)
+        train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
     )
     evaluated.model.to(evaluated.device)
     ranked = None
@@ -243,7 +243,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
 def train_one_epoch(run, loader, labels):
     """Returns the mean loss of the epoch's images, over all processes, in nats."""
     device, total = run.evaluated.device, 0.0
-    for batch in loader.epoch(run.epoch):
+    for batch in loader.epoch(run.epoch, end=run.args.epochs * loader.steps_per_epoch):
         (images,) = loader.augment(batch, device)  # (B, C, h, w)
         features = forward_frozen(run.evaluated, images)  # (B, D)
         loss = F.cross_entropy(run.head(features), labels[torch.from_numpy(batch.indices)].to(device))
@@ -273,11 +273,12 @@ def score_images(evaluated, head, images):
     batches = data.eval_batches(
         images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
         rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
+        device=evaluated.device,
     )  # fmt: skip
     ranked = torch.zeros(len(images), min(RANKED, head.out_features), dtype=torch.int64)
     total = torch.zeros((), dtype=torch.float64)
     for indices, x in batches:
-        logits = head(forward_frozen(evaluated, x.to(evaluated.device))).cpu()
+        logits = head(forward_frozen(evaluated, x)).cpu()
         ranked[indices] = rank_classes(logits)
         total += F.cross_entropy(logits, labels[indices], reduction="sum")
     dist.all_reduce(ranked)  # each image is one process's, and zero on the others

@@ -256,7 +256,7 @@ def train_one_epoch(run, step):
     run.model.train()
     run.buffers_before_step = buffers_before_step(run, step)
     clock = Clock()
-    for batch in clock.waiting(run.loader.epoch(epoch, first)):
+    for batch in clock.waiting(run.loader.epoch(epoch, first, run.total_steps)):
         features = train_one_step(run, batch, step)
         step += 1
         run.watch.progress(step)
@@ -418,9 +418,10 @@ def knn(run):
     """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
     args = run.args
     settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
+    settings |= {"batch_size": run.batch_size, "rank": rank(), "world_size": world_size(), "device": run.device}
     matrices = []
     for images in (run.loader.images, run.val_images):
-        batches = data.eval_batches(images, batch_size=run.batch_size, rank=rank(), world_size=world_size(), **settings)
+        batches = data.eval_batches(images, **settings)
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
     k = min(20, len(run.loader.images))
@@ -496,7 +497,7 @@ def build_run(args):
     images = open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
     refuse_differences(args, images)
-    loader = data.TrainLoader(images, args, batch_size, rank(), world_size())
+    loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device)
     seed_everything(args.seed)
     model = build_model(args, batch_size, device)
     check_crop_sizes(args, model.backbone)

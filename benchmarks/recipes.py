@@ -271,7 +271,8 @@ def count_augmentation(local_crops, batch=16):
     """The device's part of the augmentation, for one image: really run, on random crops."""
     flags = ["--dataset", "imagefolder", "--local_crops_number", str(local_crops)]
     args = resolve_dataset_defaults(main_cplearn.get_args_parser().parse_args(flags))
-    crops = [torch.randint(256, (batch, 3, size, size), dtype=torch.uint8) for size in [224] * 2 + [96] * local_crops]
+    views = [(2, 224), (local_crops, 96)]
+    crops = [torch.randint(256, (n * batch, 3, size, size), dtype=torch.uint8) for n, size in views]
     with Counter() as counter:
         make_views(make_recipe(args), 0, np.arange(batch), "cpu", crops=crops)
     return np.array(counter.operations) / batch

@@ -122,6 +122,7 @@ class EvaluatedModel:
         batches = data.eval_batches(
             images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
             rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
+            device=self.device,
         )  # fmt: skip
         model = self.model.to(self.device)
         with Watch((), PATIENCE_S, unit="batch") as watch:

@@ -129,10 +129,11 @@ def test_worker_crops_equal_torchvisions_and_pils_resized_crop(tmp_path):
     images = open_dataset(args)
     loader = data.TrainLoader(images, args, 4)
     batch = next(iter(loader.epoch(3)))
-    assert [tuple(crop.shape) for crop in batch.crops] == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
+    assert [tuple(crops.shape) for crops in batch.crops] == [(8, 3, 32, 32), (8, 3, 16, 16)]
+    views = [view for crops in batch.crops for view in crops.chunk(2)]
     for row, index in enumerate(batch.indices):
         image = images.load(index)
-        for view, crop in enumerate(batch.crops):
+        for view, crop in enumerate(views):
             size, scale = (32, args.global_crops_scale) if view < 2 else (16, args.local_crops_scale)
             draws = augmentation.uniform(0, 3, [index], view, augmentation.NUM_DRAWS)
             top, left, h, w = augmentation.resized_crop_boxes(draws, *image.shape[1:], scale)[0].tolist()
