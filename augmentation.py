@@ -1,6 +1,6 @@
 """How a view is made from pixels: random crops and flips, then colours, blur, solarisation, noise, normalisation.
 
-    recipe = make_recipe(args)                                            # DINO's, or the paper's for small images
+    recipe = make_recipe(args)                                            # of a preset: dino, small or cifar
     views = make_views(recipe, epoch, indices, device, images=images)     # a set in memory: everything on the device
 
     for group in recipe.view_groups():                                    # files: one image, in a worker process
@@ -27,6 +27,42 @@ from utils import Number, UserError
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
+# Of each preset: the area of global crops; whether an image that is not larger than --img_size is padded and shifted
+# instead; the probabilities of a `Recipe`; its largest jitter; its noise.
+PRESETS = {
+    "dino": {  # DataAugmentationDINO in main_dino.py
+        "global_crops_scale": (0.4, 1.0),
+        "pad_crop": False,
+        "jitter": 0.8,
+        "jitter_strength": (0.4, 0.4, 0.2, 0.1),
+        "grayscale": 0.2,
+        "blur": (1.0, 0.1, 0.5),
+        "solarize": (0.0, 0.2, 0.0),
+        "noise_std": 0.0,
+    },
+    # What Table 6 of the CPLearn paper leaves open is as in its authors' utils/data.py (github.com/emsansone/CPLearn)
+    "small": {
+        "global_crops_scale": (0.4, 1.0),
+        "pad_crop": True,
+        "jitter": 0.1,
+        "jitter_strength": (0.4, 0.4, 0.4, 0.1),
+        "grayscale": 0.1,
+        "blur": (0.0, 0.0, 0.0),
+        "solarize": (0.0, 0.0, 0.0),
+        "noise_std": 0.03,
+    },
+    "cifar": {  # of no one paper: common practice of public self-supervised recipes for CIFAR
+        "global_crops_scale": (0.2, 1.0),
+        "pad_crop": False,
+        "jitter": 0.8,
+        "jitter_strength": (0.4, 0.4, 0.4, 0.1),
+        "grayscale": 0.2,
+        "blur": (0.0, 0.0, 0.0),
+        "solarize": (0.0, 0.0, 0.0),
+        "noise_std": 0.0,
+    },
+}
+
 
 def add_augmentation_arguments(parser):
     """Adds the flags that say how views are made in training; None: see `resolve_augmentation_defaults`."""
@@ -34,19 +70,21 @@ def add_augmentation_arguments(parser):
     add(
         "--augmentation",
         default=None,
-        choices=("dino", "small"),
-        help="dino: random resized crop, flip, colour jitter, grayscale, blur, solarisation. small: Table 6 of the "
-        "CPLearn paper: padded crop, flip (not for svhn), rare jitter and grayscale, pixel noise. Default: dino for "
-        "imagefolder, small for the others; choose small for folders of tiny images",
+        choices=list(PRESETS),
+        help="dino: random resized crop, flip, colour jitter, grayscale, blur, solarisation, for photographs. small: "
+        "Table 6 of the CPLearn paper: padded crop, flip (not for svhn), rare jitter and grayscale, pixel noise. "
+        "cifar: dino without blur and solarisation, which blot out small colour images. Default: dino for imagefolder, "
+        "small for the others; choose small or cifar for folders of tiny images",
     )
+    add_probability_arguments(parser)
     add(
         "--global_crops_scale",
         type=Number(float, above=0, most=1),
         nargs=2,
-        default=(0.4, 1.0),
+        default=None,
         metavar=("MIN", "MAX"),
-        help="area of a global crop, as a fraction of the image; a lower MIN makes views differ more. DINO takes 0.25 "
-        "1 when it adds local crops",
+        help="area of a global crop, as a fraction of the image; a lower MIN makes views differ more. Default: 0.4 1, "
+        "with cifar 0.2 1. DINO takes 0.25 1 when it adds local crops",
     )
     add(
         "--local_crops_number",
@@ -79,6 +117,20 @@ def add_augmentation_arguments(parser):
     )
 
 
+def add_probability_arguments(parser):
+    """Adds a flag for each operation's probability; None: the preset's."""
+    operations = {
+        "flip": "a mirrored view; 0 where left and right differ, as in letters. Default: 0.5, for svhn 0",
+        "jitter": "changed brightness, contrast, saturation and hue. Default: 0.8, with small 0.1",
+        "grayscale": "a view without colours; 0 where colour tells images apart. Default: 0.2, with small 0.1",
+        "blur": "a blurred view. Default: 0, with dino 1, 0.1 and 0.5 for the first, the second and the local views",
+        "solarize": "inverted highlights. Default: 0, with dino 0.2 for the second view",
+    }
+    for name, text in operations.items():
+        text = f"probability, in every view, of {text}"
+        parser.add_argument(f"--{name}", type=Number(float, least=0, most=1), default=None, help=text)
+
+
 def resolve_augmentation_defaults(args):
     """Fills in, in place, every flag of this file that is None, and checks the values.
 
@@ -87,6 +139,8 @@ def resolve_augmentation_defaults(args):
     """
     if args.augmentation is None:
         args.augmentation = "dino" if args.dataset == "imagefolder" else "small"
+    if args.global_crops_scale is None:
+        args.global_crops_scale = PRESETS[args.augmentation]["global_crops_scale"]
     if args.local_crops_size is None:
         patches = round(args.img_size * 96 / 224 / args.patch_size)
         args.local_crops_size = args.patch_size * max(1, patches)
@@ -108,29 +162,38 @@ PADDING = 4  # px on each side
 
 
 def make_recipe(args):
-    """DINO's augmentation (DataAugmentationDINO in main_dino.py), or the paper's for small images.
+    """The preset --augmentation, with the probabilities that flags give instead of its own.
 
-    What Table 6 leaves open is as in its authors' utils/data.py (github.com/emsansone/CPLearn): 4 px of the image
-    mirrored around it, then a crop of its own size; jitter of 0.4, 0.4, 0.4, 0.1; noise after normalisation. An image
-    larger than --img_size gets DINO's resized crop instead, and so do local crops. SVHN's digits are never flipped.
+    dino: DINO's, for photographs: resized crops of 40 to 100 % of the area, bicubic; flip 0.5; colour jitter 0.8 of
+        brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; grayscale 0.2; Gaussian blur 1 and 0.1 in the two global
+        views, 0.5 in local ones; solarisation 0.2 in the second.
+    small: the CPLearn paper's for small images: 4 px of the image mirrored around it, then a crop of its own size (an
+        image larger than --img_size gets dino's resized crop instead, and so do local crops); flip 0.5; jitter 0.1 of
+        0.4, 0.4, 0.4, 0.1; grayscale 0.1; noise of 0.03 after normalisation.
+    cifar: common practice of public self-supervised recipes for small colour images, of no one paper: resized crops of
+        20 to 100 %; flip 0.5; jitter 0.8 of 0.4, 0.4, 0.4, 0.1; grayscale 0.2; no blur, no solarisation.
+    SVHN's digits are not flipped.
     """
-    small = args.augmentation == "small"
+    preset = PRESETS[args.augmentation]
+    given = {name: getattr(args, name) for name in ("jitter", "grayscale", "blur", "solarize")}
+    chosen = preset | {name: value for name, value in given.items() if value is not None}
+    own_flip = 0.0 if args.dataset == "svhn" else 0.5
     return Recipe(
         seed=args.seed,
         in_chans=args.in_chans,
         mean=tuple(args.mean),
         std=tuple(args.std),
-        global_views=ViewGroup((0, 1), args.img_size, tuple(args.global_crops_scale), pad_crop=small),
+        global_views=ViewGroup((0, 1), args.img_size, tuple(args.global_crops_scale), preset["pad_crop"]),
         local_views=ViewGroup(
             tuple(range(2, 2 + args.local_crops_number)), args.local_crops_size, tuple(args.local_crops_scale), False
         ),
-        flip=0.0 if args.dataset == "svhn" else 0.5,
-        jitter=0.1 if small else 0.8,
-        jitter_strength=(0.4, 0.4, 0.4, 0.1) if small else (0.4, 0.4, 0.2, 0.1),
-        gray=0.1 if small else 0.2,
-        blur=(0.0, 0.0, 0.0) if small else (1.0, 0.1, 0.5),
-        solarize=(0.0, 0.0, 0.0) if small else (0.0, 0.2, 0.0),
-        noise_std=0.03 if small else 0.0,
+        flip=own_flip if args.flip is None else args.flip,
+        jitter=chosen["jitter"],
+        jitter_strength=preset["jitter_strength"],
+        grayscale=chosen["grayscale"],
+        blur=tuple(np.broadcast_to(chosen["blur"], 3).tolist()),  # a flag's is of every view
+        solarize=tuple(np.broadcast_to(chosen["solarize"], 3).tolist()),
+        noise_std=preset["noise_std"],
     )
 
 
@@ -149,7 +212,7 @@ def make_crop_recipe(args):
         flip=0.0 if args.dataset == "svhn" else 0.5,
         jitter=0.0,
         jitter_strength=(0.0, *nothing),
-        gray=0.0,
+        grayscale=0.0,
         blur=nothing,
         solarize=nothing,
         noise_std=0.0,
@@ -180,7 +243,7 @@ class Recipe:
     flip: float
     jitter: float
     jitter_strength: tuple  # largest change of brightness, contrast, saturation (factors), hue (turns of the wheel)
-    gray: float
+    grayscale: float
     blur: tuple
     solarize: tuple
     noise_std: float  # in units of the normalised image
@@ -384,7 +447,7 @@ def photometric(x, draws, group, recipe):
     blur_sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, SIGMA]
     color_jitter(x, draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength)
     if x.shape[1] == 3:
-        change(x, draws[:, GRAY] < recipe.gray, grayscale)
+        change(x, draws[:, GRAY] < recipe.grayscale, grayscale)
     change(x, draws[:, BLUR] < np.array(recipe.blur)[view], gaussian_blur, blur_sigma)
     change(x, draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize)
     return x

@@ -283,7 +283,7 @@ def test_shares_of_a_recipe():
     """How often each operation is drawn, from what changes in constant images with one known colour."""
     count = 2500
     colour = torch.tensor([200, 100, 60], dtype=torch.uint8)[:, None, None].expand(count, 3, 8, 8)
-    for name, gray, jitter in (("dino", 0.2, 0.8), ("small", 0.1, 0.1)):
+    for name, gray, jitter in (("dino", 0.2, 0.8), ("small", 0.1, 0.1), ("cifar", 0.2, 0.8)):
         flags = ("--img_size", 8, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--augmentation", name)
         loader = array_loader(colour, *flags, batch_size=count)
         object.__setattr__(loader.recipe, "noise_std", 0.0)
@@ -294,6 +294,29 @@ def test_shares_of_a_recipe():
         assert abs(is_gray.float().mean() - gray) < 0.02
         assert abs(unchanged.float().mean() - (1 - gray) * (1 - jitter)) < 0.025
     assert not torch.equal(views[0], views[1])
+
+
+def test_presets_and_the_flags_that_change_them():
+    def recipe(*flags):
+        return augmentation.make_recipe(make_args("--dataset", "cifar10", *flags))
+
+    cifar, dino = recipe("--augmentation", "cifar"), recipe("--augmentation", "dino")
+    expected = {"flip": 0.5, "jitter": 0.8, "jitter_strength": (0.4, 0.4, 0.4, 0.1), "grayscale": 0.2, "noise_std": 0}
+    expected |= {"blur": (0, 0, 0), "solarize": (0, 0, 0)}
+    assert {name: getattr(cifar, name) for name in expected} == expected
+    assert not cifar.global_views.pad_crop and cifar.global_views.scale == (0.2, 1)
+    assert dino.blur == (1, 0.1, 0.5) and dino.solarize == (0, 0.2, 0) and dino.global_views.scale == (0.4, 1)
+    assert recipe("--augmentation", "cifar", "--global_crops_scale", 0.4, 1).global_views.scale == (0.4, 1)
+    for name in ("dino", "small", "cifar"):
+        flags = ("--flip", 0, "--jitter", 0.3, "--grayscale", 1, "--blur", 0.25, "--solarize", 0.75)
+        changed = recipe("--augmentation", name, *flags)
+        assert (changed.flip, changed.jitter, changed.grayscale) == (0, 0.3, 1)
+        assert changed.blur == (0.25,) * 3 and changed.solarize == (0.75,) * 3
+        assert dataclasses.replace(
+            recipe("--augmentation", name), flip=0, jitter=0.3, grayscale=1, blur=(0.25,) * 3, solarize=(0.75,) * 3
+        ) == changed  # fmt: skip
+    args = make_args("--dataset", "svhn", "--flip", 0.5)
+    assert augmentation.make_recipe(args).flip == 0.5 and args.blur is None  # a checkpoint keeps what was typed
 
 
 def test_noise_of_the_small_recipe():
@@ -376,6 +399,8 @@ def test_augmentation_never_waits_for_the_gpu_and_equals_the_cpu(photographs, re
         (("--local_crops_size", 0), "local_crops_size"),
         (("--img_size", 4), "too small"),
         (("--max_bad_images", 1.5), r"1\.5"),
+        (("--blur", 1.5), "--blur 1.5: expected a number of at least 0 and of at most 1"),
+        (("--flip", "nan"), "--flip nan"),
     ],
 )
 def test_values_without_meaning_are_one_line(flags, message):
