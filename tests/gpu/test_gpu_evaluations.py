@@ -32,6 +32,6 @@ def test_scores_are_the_cpu_s(trained, device, pictures, tmp_path, name):
 
 def test_dino_s_linear_protocol_runs(trained, device, pictures, tmp_path):
     checkpoint = trained(arch="vit_tiny", patch_size=8, width=None, max_steps=5, warmup_epochs=0) / "checkpoint.pth"
-    words = ("--protocol", "dino", "--epochs", 2, "--n_last_blocks", 2)
+    words = ("--protocol", "dino", "--epochs", 2, "--n_last_blocks", 2, "--batch_size", 32)
     (row,) = scores("linear", checkpoint, pictures, device, tmp_path, *words)
     assert row["top1"] > 100 / 3 - 15
