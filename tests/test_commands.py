@@ -151,7 +151,7 @@ def here(tmp_path_factory):
         if path.name not in ("runs", "results", "features", ".git", ".venv"):
             (here / path.name).symlink_to(path)
     names = (ROOT / "imagenet100_classes.txt").read_text().split()
-    for split, count in (("train", 300), ("val", 30)):
+    for split, count in (("train", 300), ("val", 100)):
         for i in range(count):
             path = here / "images" / split / names[i % 100] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
