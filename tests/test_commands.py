@@ -157,7 +157,7 @@ def here(tmp_path_factory):
             path = here / "images" / split / names[i % 100] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 32), (i % 100 * 2, i % 7 * 30, i % 11 * 20)).save(path)
-    shutil.copytree(here / "images" / "val", here / "photos")
+    shutil.copytree(here / "images" / "val" / names[0], here / "photos")
     (here / "results").mkdir()
     for name, seed in (("runs/a/checkpoint.pth", 0), ("runs/b/checkpoint.pth", 1)):
         (here / name).parent.mkdir(parents=True)
