@@ -13,6 +13,7 @@ import functools
 import re
 
 import timm
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -87,6 +88,22 @@ def new_backbone(args: argparse.Namespace) -> nn.Module:
         args.grad_checkpointing,
         args.num_heads,
     )
+
+
+def check_crop_sizes(args, backbone):
+    """A ViT takes sizes that its patches divide, others have rules of their own: try one image of each size."""
+    sizes = {"img_size": args.img_size}
+    if args.local_crops_number:
+        sizes["local_crops_size"] = args.local_crops_size
+    backbone.eval()
+    for flag, size in sizes.items():
+        try:
+            with torch.no_grad():
+                backbone(torch.zeros(1, args.in_chans, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--{flag} {size}: --arch {args.arch} cannot take such images: {reason}") from None
+    backbone.train()
 
 
 def build_backbone(

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import augmentation
 import data
-from backbones import add_backbone_arguments, new_backbone
+from backbones import add_backbone_arguments, check_crop_sizes, new_backbone
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
@@ -405,8 +405,8 @@ def finish_epoch(run, step):
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
         save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
         # what fails on one of several processes ends them all: the others are inside a collective
-        with run.watch.paused(), run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
-            found = knn(run)
+        with run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
+            found = knn(run, step)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
     if (last or copy_is_due(run, step)) and save(run, step, stopping=last):  # else the clock decides
@@ -414,19 +414,20 @@ def finish_epoch(run, step):
     run.log.draw(last)
 
 
-def knn(run):
+def knn(run, step):
     """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
     args = run.args
     settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
     settings |= {"batch_size": run.batch_size, "rank": rank(), "world_size": world_size(), "device": run.device}
     matrices = []
     for images in (run.loader.images, run.val_images):
-        batches = data.eval_batches(images, **settings)
+        batches = run.watch.each(data.eval_batches(images, **settings), step)
         features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
     k = min(20, len(run.loader.images))
     search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch
-    (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
+    with run.watch.paused():
+        (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
     run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %")
     return {"knn_top1": accuracy["top1"]}
 
@@ -468,9 +469,8 @@ def stop(run, step):
     """End after a signal that at least one process has got: the checkpoint is written."""
     run.agreement.settle()
     number = torch.tensor(int(run.watch.signals[0]) if run.watch.signals else 0)
-    dist.all_reduce(
-        number, dist.ReduceOp.MAX
-    )  # SLURM ends all processes when the first one leaves: not while rank 0 writes
+    # also a barrier: SLURM ends all processes when the first one leaves, and rank 0 may still be writing
+    dist.all_reduce(number, dist.ReduceOp.MAX)
     run.log.print(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
     raise Stopped(128 + int(number))
@@ -579,22 +579,6 @@ def check_arguments(args, device):
         raise UserError("--precision fp16: a CPU has no use for it; use bf16 or fp32")
     if 0 < args.watchdog_s < 10:
         raise UserError(f"--watchdog_s {args.watchdog_s:g}: expected 0 (never) or at least 10; a step takes its time")
-
-
-def check_crop_sizes(args, backbone):
-    """A ViT takes sizes that its patches divide, others have rules of their own: try one image of each size."""
-    sizes = {"img_size": args.img_size}
-    if args.local_crops_number:
-        sizes["local_crops_size"] = args.local_crops_size
-    backbone.eval()
-    for flag, size in sizes.items():
-        try:
-            with torch.no_grad():
-                backbone(torch.zeros(1, args.in_chans, size, size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--{flag} {size}: --arch {args.arch} cannot take such images: {reason}") from None
-    backbone.train()
 
 
 def open_val(args, images):

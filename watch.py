@@ -62,6 +62,12 @@ class Watch:
             yield batch
         self.moved_at = None
 
+    def each(self, batches, step):
+        """Yields them; each is progress at this step."""
+        for batch in batches:
+            self.progress(step)
+            yield batch
+
     @contextlib.contextmanager
     def paused(self):
         """Inside, nothing is overdue: writing a file or an evaluation takes the time it takes."""

@@ -521,7 +521,7 @@ def test_the_window_of_codes_knows_no_epochs(folder, tmp_path):
 def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, capsys):
     run(folder, tmp_path / "whole", knn_every=1)
 
-    def broken(run):
+    def broken(run, step):
         raise ValueError("no neighbours today")
 
     monkeypatch.setattr(main_cplearn, "knn", broken)
@@ -529,7 +529,7 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     assert "k-NN failed: ValueError: no neighbours today; going on" in capsys.readouterr().out
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "broken" / "checkpoint.pth")
 
-    def killed(run):
+    def killed(run, step):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main_cplearn, "knn", killed)
