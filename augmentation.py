@@ -123,7 +123,8 @@ def add_probability_arguments(parser):
         "flip": "a mirrored view; 0 where left and right differ, as in letters. Default: 0.5, for svhn 0",
         "jitter": "changed brightness, contrast, saturation and hue. Default: 0.8, with small 0.1",
         "grayscale": "a view without colours; 0 where colour tells images apart. Default: 0.2, with small 0.1",
-        "blur": "a blurred view. Default: 0, with dino 1, 0.1 and 0.5 for the first, the second and the local views",
+        "blur": "a blurred view, by 0.1 to 2 px, less in crops below 96 px. Default: 0, with dino 1, 0.1 and 0.5 for "
+        "the first, the second and the local views",
         "solarize": "inverted highlights. Default: 0, with dino 0.2 for the second view",
     }
     for name, text in operations.items():
@@ -156,7 +157,8 @@ def resolve_augmentation_defaults(args):
 
 # Recipe ---------------------------------------------------------------------------------------------------------------
 
-BLUR_SIGMA = (0.1, 2.0)  # px, whatever the size of the crop
+BLUR_SIGMA = (0.1, 2.0)  # px, of crops of BLUR_SIZE px and more; of smaller ones that share of their side
+BLUR_SIZE = 96  # px: DINO's smallest crops
 SOLARIZE_THRESHOLD = 128 / 255
 PADDING = 4  # px on each side
 
@@ -166,7 +168,8 @@ def make_recipe(args):
 
     dino: DINO's, for photographs: resized crops of 40 to 100 % of the area, bicubic; flip 0.5; colour jitter 0.8 of
         brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; grayscale 0.2; Gaussian blur 1 and 0.1 in the two global
-        views, 0.5 in local ones; solarisation 0.2 in the second.
+        views, 0.5 in local ones, of 0.1 to 2 px, or less in crops below 96 px, in proportion (DINO has none; at 28 px
+        the whole blur would leave no picture); solarisation 0.2 in the second.
     small: the CPLearn paper's for small images: 4 px of the image mirrored around it, then a crop of its own size (an
         image larger than --img_size gets dino's resized crop instead, and so do local crops); flip 0.5; jitter 0.1 of
         0.4, 0.4, 0.4, 0.1; grayscale 0.1; noise of 0.03 after normalisation.
@@ -445,6 +448,7 @@ def photometric(x, draws, group, recipe):
     """
     view = np.repeat(np.minimum(group.views, 2), len(draws) // len(group.views))  # 2: any local view
     blur_sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, SIGMA]
+    blur_sigma *= min(1, group.size / BLUR_SIZE)
     color_jitter(x, draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength)
     if x.shape[1] == 3:
         change(x, draws[:, GRAY] < recipe.grayscale, grayscale)

@@ -228,6 +228,24 @@ def test_blur_is_scipys_gaussian(shape):
             assert np.abs(out.numpy() - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize(("size", "most"), [(224, 2), (96, 2), (48, 1), (12, 0.25)])
+def test_blur_is_dinos_from_96_px_on_and_the_same_share_of_smaller_crops(size, most):
+    """Of a point: what it becomes has sigma's variance."""
+    args = make_args("--dataset", "cifar10", "--augmentation", "dino", "--img_size", size, "--jitter", 0)
+    recipe = augmentation.make_recipe(args)
+    draws = np.full((2, augmentation.NUM_DRAWS), 0.5)
+    draws[:, augmentation.SIGMA] = (0, 1 - 1e-9)
+    draws[:, augmentation.BLUR] = 0
+    x = torch.zeros(2, 1, size, size)
+    x[:, :, size // 2, size // 2] = 0.5
+    blurred = augmentation.photometric(x, draws, dataclasses.replace(recipe.global_views, views=(0,)), recipe)
+    offset = torch.arange(size) - size // 2
+    variance = (blurred.sum((1, 2)) / 0.5 * offset**2).sum(1)
+    expected = torch.exp(-0.5 * (offset / most) ** 2)
+    assert variance[0] < 1e-6  # a tenth of a pixel, or less, leaves the point where it is
+    assert abs(variance[1] - (expected * offset**2).sum() / expected.sum()) < 2e-3
+
+
 def test_jitter_equals_torchvision_with_the_same_order_and_factors(photographs):
     x = photographs[:48] / 255
     draws = augmentation.uniform(0, 0, np.arange(48), 0, augmentation.NUM_DRAWS)
@@ -257,7 +275,7 @@ def test_whole_chain_has_dinos_distribution(photographs):
     image = photographs[5]
     pil = Image.fromarray(image.permute(1, 2, 0).numpy())
     t, bicubic = torchvision.transforms, torchvision.transforms.InterpolationMode.BICUBIC
-    blur = t.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0)))))
+    blur = t.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0)) * 32 / 96)))
     first = [t.RandomResizedCrop(32, (0.4, 1.0), interpolation=bicubic), t.RandomHorizontalFlip()]
     first += [t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), t.RandomGrayscale(0.2)]
     last = [t.ToTensor(), t.Normalize(mean, std)]
