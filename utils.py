@@ -334,6 +334,9 @@ def name_of_this_start(store, own_rank, size):
 
 def choose_device(name):
     """ "auto", "cuda", "mps" or "cpu" -> torch.device, on CUDA this process's own. Raises UserError."""
+    if name == "cpu":  # torch's optimizers and loaders ask a GPU that they see, which makes a context on it
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return torch.device(name)
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -121,14 +121,15 @@ def test_a_step_never_waits_for_the_device(device, pictures, tmp_path, no_waits,
 
 
 ON_THE_CPU = """
-import sys, torch, main_cplearn, eval_knn, eval_cluster
+import os, sys, torch, main_cplearn, eval_knn, eval_cluster
 sys.argv, script = sys.argv[:1] + sys.argv[2:], sys.argv[1]
 touched = []
 there = torch.cuda.is_available()
 if not there:  # a machine that says it has a GPU, and notes who makes a context on it
-    torch.cuda.is_available = lambda: True
+    torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     torch.cuda.is_initialized = lambda: bool(touched)
     torch.cuda._lazy_init = lambda: touched.append("lazy_init")
+    torch.accelerator.current_stream = lambda *device: touched.append("current_stream") or torch.Stream("cpu")
     torch.Tensor.pin_memory = lambda tensor: touched.append("pin_memory") or tensor
 sys.modules[script].main.__wrapped__(sys.argv[1:])
 print("touched" if torch.cuda.is_initialized() or there and torch.cuda.memory_allocated() else "left alone", touched)
