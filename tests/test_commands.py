@@ -23,7 +23,7 @@ from cplearn_head import CPLearnHead
 from utils import UserError
 
 TORCHRUN = {word for action in torchrun_parser()._actions for word in action.option_strings}
-OTHERS = {"--help", "--version", "--signal"}  # of any program; of scancel
+OTHERS = {"--help", "--version", "--signal", "--gpus-per-task", "--shm-size"}  # of any program, SLURM, docker
 NOT_OURS = {"torchrun", "-c", "pip", "venv"}
 
 
