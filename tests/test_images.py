@@ -102,7 +102,7 @@ def test_workers_of_every_kind_read_a_folder(class_folders, context):
     images = open_dataset(folder_args(class_folders))
     batches = torch.utils.data.DataLoader(
         data.EvalDataset(images, 32, 3), batch_sampler=[[0, 5], [26]], num_workers=1, multiprocessing_context=context,
-        collate_fn=data.already_collated,
+        collate_fn=data.as_it_is,
     )  # fmt: skip
     expected = data.EvalDataset(images, 32, 3)
     assert all(map(torch.equal, batches, map(expected.__getitems__, ([0, 5], [26]))))
