@@ -338,7 +338,7 @@ def describe_cluster_collapse(line):
         return f"the mean prediction of a batch has perplexity {in_batch:.1f} where {possible} is possible"
     used = min(line.get("codes_used", math.inf), line.get("perplexity", math.inf))
     possible = min(num_codes, line.get("images_counted", math.inf))
-    if used < max(2.5, 0.02 * possible):
+    if used < min(max(2.5, 0.02 * possible), possible / 2):
         return f"{used:.0f} codes in use where {possible} could be"
     return None
 

@@ -49,7 +49,7 @@ from weight_layouts import (
     unwrapped_names,
 )
 
-FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std")  # what evaluations take over from the file
+FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std", "value_range")  # what evaluations take over from the file
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -280,8 +280,8 @@ def _settings(network, shapes, given, saved):
 class PretrainedModel(nn.Module):
     """A frozen backbone, and its head where the file has CPLearn's or DINO's.
 
-    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, dataset, beta, prior,
-    checkpoint_key and epoch; None where the file does not say.
+    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, value_range, dataset, beta,
+    prior, checkpoint_key and epoch; None where the file does not say.
     """
 
     def __init__(self, backbone, head=None, settings=None):
@@ -422,6 +422,7 @@ PLAUSIBLE = {
     "num_heads": (_is_side, "a number of heads"),
     "mean": (_are_numbers, "a number per channel"),
     "std": (_are_numbers, "a number per channel"),
+    "value_range": (_are_numbers, "two numbers"),
 }
 
 
@@ -459,7 +460,7 @@ def _json_beside(path, name):
 def _first_known(given, certain, saved, shapes):
     """Settings by the first source that has them. Shapes give our name to a ViT of many names (deit_small,
     vit_small_patch16_224); they do not tell the size of images, only that of the position embedding."""
-    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "dataset", "beta", "prior")
+    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "value_range", "dataset", "beta", "prior")
     sources = (given, certain, saved, shapes)
     return {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
 

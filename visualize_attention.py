@@ -109,7 +109,8 @@ def image_folders(image_path, output_dir):
 
 
 def open_vit(args, device):
-    """The model that the flags name; fills in args.in_chans, .mean and .std."""
+    """The model that the flags name; fills in args.in_chans, .mean, .std and .value_range."""
+    args.value_range = None
     model = pretrained.open_model(args, device)
     arch, dataset = model.settings["arch"], model.settings["dataset"]
     if not isinstance(model.backbone, vision_transformer.VisionTransformer):
@@ -145,7 +146,7 @@ def see_all(backbone, paths, args, device):
     seen = []
     for path in paths:
         try:
-            image = images.load_image(path, args.in_chans)
+            image = images.load_image(path, args.in_chans, args.value_range)
         except images.BadImage as error:
             if len(paths) == 1:
                 raise UserError(f"--image_path {path}: {error}; expected an image") from error

@@ -223,7 +223,8 @@ def test_command_writes_its_scores(run, capsys):
 def test_of_the_usual_numbers_of_neighbours_those_that_there_are_images_for(run, tmp_path, capsys):
     eval_knn.main([*run[1], "--num_workers", "0", "--output_dir", str(tmp_path)])
     assert [row["k"] for row in json.loads((tmp_path / "results_knn.json").read_text())["rows"]] == [10, 20]
-    assert capsys.readouterr().err == "note: --nb_knn 10 20: there are 30 training images\n"
+    said = but_what_was_opened(capsys.readouterr().err)
+    assert said == "note: --nb_knn 10 20: there are 30 training images\n"
     assert eval_knn.choose_ks(None, 3) == [3]
     assert eval_knn.choose_ks(None, 200) == [10, 20, 100, 200]
     assert capsys.readouterr().err == "note: --nb_knn 3: there are 3 training images\n"

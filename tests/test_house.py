@@ -86,3 +86,8 @@ def test_readmes_map_names_every_file():
     named = set(re.findall(r"\b([a-z_0-9]+)\.py\b", plan)) | set(re.findall(r"\b([a-z_]+)/", plan))
     assert named >= {room_of(path) for path in files()} | {p.stem for p in files() if p.stem != "__init__"}
     assert set(re.findall(r"\b([a-z_0-9]+)\.py\b", plan)) <= {p.stem for p in files()}
+
+
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)

@@ -76,6 +76,7 @@ def test_feature_statistics_against_numpy():
         (gaussian(rank=3), {}, {"dimensional"}),
         (gaussian(), {"perplexity": 2.0}, {"cluster"}),
         (gaussian(), {"codes_used": 2}, {"cluster"}),
+        (gaussian(), {"codes_used": 2, "images_counted": 2, "images_per_mean": 2, "batch_perplexity": 2.0}, set()),
         (gaussian(), {"entropy_share": 0.999, "perplexity": 512.0}, {"saddle"}),
         (gaussian(), {"batch_perplexity": 60.0}, {"cluster"}),  # below a quarter of 256 images
         (gaussian(), {"batch_perplexity": 65.0}, set()),
