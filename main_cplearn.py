@@ -226,7 +226,8 @@ def train(args):
     run = build_run(args)
     step = resume(run)
     # an earlier start that ended inside its k-NN has saved the epoch's numbers, and not yet the epoch's line
-    epoch_is_open = run.recorder.epoch.count > 0 and step % run.loader.steps_per_epoch == 0
+    ended = step % run.loader.steps_per_epoch == 0 or step == run.total_steps
+    epoch_is_open = ended and run.recorder.epoch.count > 0
     run.log = RunLog(args.output_dir, step, run.total_steps, epoch_is_open)
     describe(run, step)
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
