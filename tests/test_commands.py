@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -145,25 +144,38 @@ def test_what_stands_for_something_stands_in_a_page():
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder that looks like the repository, with the files that the pages take for given."""
-    here = tmp_path_factory.mktemp("here")
-    for path in ROOT.iterdir():
-        if path.name not in ("runs", "results", "features", ".git", ".venv"):
-            (here / path.name).symlink_to(path)
+def pictures(tmp_path_factory):
+    """train and val, with ImageNet-100's classes."""
+    root = tmp_path_factory.mktemp("pictures")
     names = (ROOT / "imagenet100_classes.txt").read_text().split()
-    for split, count in (("train", 300), ("val", 100)):
+    for split, count in (("train", 200), ("val", 100)):
         for i in range(count):
-            path = here / "images" / split / names[i % 100] / f"{i}.png"
+            path = root / split / names[i % 100] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 32), (i % 100 * 2, i % 7 * 30, i % 11 * 20)).save(path)
-    shutil.copytree(here / "images" / "val" / names[0], here / "photos")
-    (here / "results").mkdir()
-    for name, seed in (("runs/a/checkpoint.pth", 0), ("runs/b/checkpoint.pth", 1)):
-        (here / name).parent.mkdir(parents=True)
-        torch.save(a_checkpoint(seed), here / name)
-    torch.save(a_dino_checkpoint(), here / "dino.pth")
-    return here
+    return root
+
+
+@pytest.fixture
+def here(pictures, tmp_path):
+    """A folder that looks like a fresh clone, with images and photos beside it."""
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", "results", "features", ".git", ".venv"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "images").symlink_to(pictures)
+    (tmp_path / "photos").symlink_to(next(iter((pictures / "val").iterdir())))
+    return tmp_path
+
+
+def make_given_files(command, here):
+    """What a command reads and another one would have written."""
+    checkpoints = {word.partition(":")[0] for word in command.words if ".pth" in word}
+    for seed, name in enumerate(sorted(checkpoints)):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(a_dino_checkpoint() if name.startswith("dino") else a_checkpoint(seed), here / name)
+    if "--results" in command.words:
+        words = ["--checkpoint", *(str(here / name) for name in checkpoints), "--output_dir", str(here / "results")]
+        eval_knn.main([*words, *(word.replace("{here}", str(here)) for word in MORE["eval_knn.py"])])
 
 
 def a_checkpoint(seed):
@@ -183,11 +195,6 @@ def a_dino_checkpoint():
     return networks | {"teacher": {f"backbone.{k}": v for k, v in state.items()}, "epoch": 1}
 
 
-def score_by_knn(here):
-    words = ["--checkpoint", here / "runs/a/checkpoint.pth", "--nb_knn", "5", "--output_dir", here / "results"]
-    eval_knn.main([str(word).replace("{here}", str(here)) for word in [*words, *SMALL]])
-
-
 def arranged(command, here):
     """The words of a command as they are run here."""
     words = [*command.launcher, command.program, *command.words, *MORE.get(command.program, [])]
@@ -202,8 +209,7 @@ def arranged(command, here):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands(PAGES) if c.whole and not reason_not_to_run(c)], ids=str)
 def test_a_command_runs_as_it_is_printed(command, here):
-    if "--results" in command.words:
-        score_by_knn(here)
+    make_given_files(command, here)
     environment = os.environ | command.variables | {"HOME": str(here), "OMP_NUM_THREADS": "1"}
     words = arranged(command, here)
     done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=400)
