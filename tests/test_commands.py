@@ -108,8 +108,8 @@ STANDS_FOR = {
     "/runs/": "{here}/runs/",
     "--nproc_per_node=8": "--nproc_per_node=2",
 }
-FEW = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "2", "--max_steps", "2", "--warmup_epochs", "0"]
-SMALL = ["--device", "cpu", "--num_workers", "0", "--data_path", "{here}/images"]
+FEW = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "2", "--max_steps", "2", "--img_size", "64"]
+SMALL = ["--device", "cpu", "--num_workers", "0", "--data_path", "{here}/images", "--img_size", "32"]
 MORE = {  # what is added to a command, so that it takes seconds
     "main_cplearn.py": FEW,
     "run_with_submitit.py": ["--dry_run"],
