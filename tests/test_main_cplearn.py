@@ -706,3 +706,13 @@ def test_nothing_of_a_forward_pass_comes_back_to_the_host(head_impl):
         with Crossings() as crossings:
             loss.cpu()
         assert len(crossings.found) == 1  # the counter counts
+
+
+def test_a_checkpoint_of_another_version_is_said(folder, tmp_path, capsys):
+    run(folder, tmp_path, max_steps=2)
+    run(folder, tmp_path, max_steps=2)
+    assert "was written by commit" not in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    torch.save(state | {"commit": "0123456789ab"}, tmp_path / "checkpoint.pth")
+    run(folder, tmp_path, max_steps=2)
+    assert "checkpoint.pth was written by commit '0123456789ab', this is" in capsys.readouterr().out
