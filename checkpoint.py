@@ -193,8 +193,9 @@ def resume(run):
         load_state(run, state)
         if type(state["step"]) is not int or not 0 <= state["step"] <= run.total_steps:
             raise ValueError(f"its step is {reprlib.repr(state['step'])} of {run.total_steps}")
-        if state.get("commit") != commit() and rank() == 0:  # another version may augment or log otherwise
-            print(f"note: {state['path']} was written by commit {reprlib.repr(state.get("commit"))}, this is {commit()!r}")
+        writer = state.get("commit")
+        if writer != commit() and rank() == 0:  # another version may augment or log otherwise
+            print(f"note: {state['path']} was written by commit {reprlib.repr(writer)}, this is {commit()!r}")
         return state["step"]
 
 
