@@ -57,7 +57,8 @@ def test_no_file_names_a_host_or_a_path():
 
 @pytest.mark.skipif(Path(sys.prefix).name not in PINNED_IN, reason="not an environment made by make")
 def test_these_tests_run_on_the_pinned_versions():
-    installed = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+    # what is imported: the first on the path, not the copies that setuptools carries and puts at its end
+    installed = {canonicalize_name(d.name): d.version for d in reversed([*importlib.metadata.distributions()])}
     pinned = requirements(PINNED_IN[Path(sys.prefix).name]).items()
     pinned = {n: r.specifier for n, r in pinned if r.marker is None or r.marker.evaluate()}
     assert {n: v for n, v in installed.items() if n in pinned and v not in pinned[n]} == {}
