@@ -40,9 +40,8 @@ ACTIVATIONS = ("l2", "tanh")
 PRIORS = ("kl", "ce")
 DICTIONARIES = {"rademacher": Dictionary, "hadamard": HadamardDictionary}
 HEAD_IMPLS = ("auto", "dense", "tiled", "triton")
-EPS = (
-    1e-8  # least probability of Lemma 1, as in the paper's footnote 2 and the authors' code (its Algorithm 1 has 1e-6)
-)
+# least probability of Lemma 1, as in the paper's footnote 2 and the authors' code (the paper's Algorithm 1 prints 1e-6)
+EPS = 1e-8
 WINDOW = (2**12, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
 
 
