@@ -94,18 +94,19 @@ def save_last_whole_step(run):
 
 
 def checkpoint_state(run, step, buffers=None, recorder=None):
-    """Plain data, opened by DINO's scripts as it is: `student` and `teacher` name the same tensors, stored once.
+    """Plain data, opened by DINO's scripts as it is: without a teacher `student` and `teacher` name the same tensors,
+    stored once.
 
     buffers, recorder: instead of the present ones."""
     model = run.model.state_dict()
     model |= {name: value for name, value in (buffers or {}).items() if name in model}
     backbone = {k: v for k, v in model.items() if k.startswith("backbone.")}
-    head, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
-    weights = backbone | {f"head.{k}": v for k, v in head.items()}
+    head, teacher, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
+    student = backbone | head
     return {
         "format": FORMAT,
-        "student": weights,
-        "teacher": weights,
+        "student": student,
+        "teacher": teacher or student,
         "objective": rest,
         "optimizer": run.optimizer.state_dict(),
         "fp16_scaler": run.scaler.state_dict(),
@@ -114,6 +115,7 @@ def checkpoint_state(run, step, buffers=None, recorder=None):
         "step": step,
         "args": checkpoint_args(run.args),
         "world_size": world_size(),
+        "batch_size": run.batch_size,
         "effective_batch": run.effective_batch,
         "fingerprint": run.loader.images.fingerprint,
         "commit": commit(),
@@ -125,9 +127,10 @@ def checkpoint_args(args):
 
 
 def split_state(state):
-    """An objective's state dict -> (its head's, the rest)."""
-    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
-    return head, {k: v for k, v in state.items() if not k.startswith("head.")}
+    """An objective's state dict -> its head's ("head.*"), its teacher's ("backbone.*", "head.*"), and the rest."""
+    head = {k: v for k, v in state.items() if k.startswith("head.")}
+    teacher = {k.removeprefix("teacher."): v for k, v in state.items() if k.startswith("teacher.")}
+    return head, teacher, {k: v for k, v in state.items() if not k.startswith(("head.", "teacher."))}
 
 
 def keep_copy(run, step):
@@ -200,22 +203,36 @@ def resume(run):
 
 
 def share_of_batch(args, state):
-    """Images per process. The same command on another number of processes keeps the run's effective batch, so that
-    every step sees the images that it would have seen. Raises UserError where that cannot be divided."""
+    """Images per micro-batch and micro-batches per process: (B, M).
+
+    The same command on another number of processes keeps the run's effective batch, so that every step sees the images
+    that it would have seen: by other M, so that B, memory and random draws stay; or by a lower B where that cannot be,
+    or by any B if the backbone has batch norm. Raises UserError where the batch cannot be divided."""
+    asked = args.batch_size_per_gpu, args.accum_steps
     if state is None or args.allow_changed_flags:
-        return args.batch_size_per_gpu
+        return asked
     with fitting(state):
-        total, same_command = state["effective_batch"], state["args"]["batch_size_per_gpu"] == args.batch_size_per_gpu
+        then = state["args"]
+        total, before = state["effective_batch"], (then["batch_size_per_gpu"], then.get("accum_steps", 1))
         if type(total) is not int or not 0 < total < 2**31:
             raise ValueError(f"its effective batch is {reprlib.repr(total)}")
-        if not same_command:
-            return args.batch_size_per_gpu
+        if before != asked:
+            return asked
         if total % world_size():
             raise UserError(
                 f"{state['path']}: its run takes {total} images per step, which {world_size()} processes cannot share "
                 f"evenly; start a number of processes that divides {total}"
             )
-        return total // world_size()
+        share = total // world_size()
+        if any(name.startswith("backbone.") and name.endswith("running_var") for name in state["student"]):
+            return share, 1
+        parts = next(m for m in range(1, share + 1) if share % m == 0 and share // m <= images_at_once(state))
+        return share // parts, parts
+
+
+def images_at_once(state):
+    """Images per micro-batch of the run that wrote the checkpoint."""
+    return state.get("batch_size", state["effective_batch"] // state["world_size"])
 
 
 def load_state(run, state):
@@ -223,7 +240,10 @@ def load_state(run, state):
     backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     head = {k: v for k, v in weights.items() if k.startswith("head.")}
     run.model.backbone.load_state_dict(backbone)
-    run.model.objective.load_state_dict(state["objective"] | head)
+    teacher = (
+        {f"teacher.{k}": v for k, v in state["teacher"].items()} if hasattr(run.model.objective, "teacher") else {}
+    )
+    run.model.objective.load_state_dict(state["objective"] | head | teacher)
     settings = run.optimizer.state_dict()["param_groups"]  # they follow from the flags and the step
     run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
     check_moments(run.optimizer)
@@ -247,19 +267,19 @@ FREE_FLAGS = {
     "class_list", "head_impl",
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
     "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
-    "grad_checkpointing", "batch_size_per_gpu", "codes_storage",
+    "grad_checkpointing", "batch_size_per_gpu", "accum_steps", "codes_storage",
 }  # fmt: skip
 
 
 def check_same_run(run, state):
     """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
-    then, now = state["args"], checkpoint_args(run.args)
+    then, now = {"objective": "cplearn"} | state["args"], checkpoint_args(run.args)  # older files know no other
     changed = [name for name in sorted(now.keys() - FREE_FLAGS) if then.get(name) != now[name]]
     changes = [f"--{name} {reprlib.repr(then.get(name))} -> {now[name]}" for name in changed]
     if state["effective_batch"] != run.effective_batch:
         changes.append(f"effective batch {state['effective_batch']} -> {run.effective_batch}")
-    if run.args.prior_scope == "local" and state["world_size"] != world_size():
-        changes.append(f"--prior_scope local on {state['world_size']} -> {world_size()} processes")
+    if run.args.prior_scope == "local" and images_at_once(state) != run.batch_size:
+        changes.append(f"--prior_scope local over {images_at_once(state)} -> {run.batch_size} images")
     if state["fingerprint"] != run.loader.images.fingerprint:
         changes.append(f"the data set's content {state['fingerprint']} -> {run.loader.images.fingerprint}")
     if changes and not run.args.allow_changed_flags:

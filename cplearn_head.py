@@ -22,8 +22,7 @@ from dictionary import (  # noqa: F401 (some are imported from here)
     rademacher_codes,
     unpack_codes,
 )
-from monitor import within_code_variance
-from objective import Objective
+from objective import CodesObjective
 from utils import (
     Number,
     SyncBatchNorm,
@@ -42,7 +41,6 @@ DICTIONARIES = {"rademacher": Dictionary, "hadamard": HadamardDictionary}
 HEAD_IMPLS = ("auto", "dense", "tiled", "triton")
 # least probability of Lemma 1, as in the paper's footnote 2 and the authors' code (the paper's Algorithm 1 prints 1e-6)
 EPS = 1e-8
-WINDOW = (2**12, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
 
 
 def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_mean=None):
@@ -219,18 +217,28 @@ class CPLearnHead(nn.Module):
         here.fill(packed)
 
 
-class CPLearn(Objective):
-    """Head and loss as the training loop's objective: features of V views, (B, D) each -> (loss, terms).
+class CPLearn(CodesObjective):
+    """Head and loss as the training loop's objective: features of V views, (M B, D) each -> (loss, terms).
 
     prior_scope "global": the prior's mean runs over the batch of all processes, so that N processes descend the loss of
-    one process on the joined batch; "local": over each process's own batch, as in the authors' code.
+    one process on the joined batch; "local": over each group of `batch_size` images, a process's or a micro-batch's,
+    as over each process's in the authors' code.
     loss_function: `cplearn_loss`, or another form of it as `fused_loss.choose_loss` gives.
-
-    Buffers about the last W images, whatever the epoch, W = K between the limits of `WINDOW`:
-    usage   (K,)  mean prediction, weighted by exp(-age / W), age in images; of sharded codes those held here
-    recent  (W,)  int32, the likeliest code of each of the last W images, a ring      seen: images so far
+    batch_size: images per micro-batch; None: all that a process has.
     """
 
+    flags = {
+        "out_dim": 131072,
+        "proj_dim": None,
+        "activation": "l2",
+        "beta": 0.25,
+        "prior": "kl",
+        "prior_scope": "global",
+        "head_impl": "auto",
+        "dictionary": "rademacher",
+        "codes_storage": "int8",
+        "shard_codes": False,
+    }
     advice = {
         "saddle": "the loss rests where every p is uniform: raise --beta or --lr, or use --activation l2",
         "representation": "all images get one feature: lower --lr or --beta",
@@ -239,34 +247,50 @@ class CPLearn(Objective):
         "intracluster": "images that share a code are alike: raise --out_dim, or lower --beta",
     }
 
-    def __init__(self, head, beta=0.25, prior="kl", num_global=2, prior_scope="global", loss_function=cplearn_loss):
-        super().__init__()
-        self.head, self.loss_function = head, loss_function
+    def __init__(
+        self,
+        head,
+        beta=0.25,
+        prior="kl",
+        num_global=2,
+        prior_scope="global",
+        loss_function=cplearn_loss,
+        batch_size=None,
+    ):
+        super().__init__(head.dictionary.num_codes)
+        self.head, self.loss_function, self.batch_size = head, loss_function, batch_size
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
-        self.num_codes = head.dictionary.num_codes
-        self.window = min(max(self.num_codes, WINDOW[0]), WINDOW[1])
-        self.register_buffer("usage", torch.zeros(self.num_codes))
-        self.register_buffer("recent", torch.zeros(self.window, dtype=torch.int32))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.assignments = None  # (N,) likeliest codes of this step's images, first view, all processes
 
-    def forward(self, features):
-        views = [self.head(x) for x in features]
-        means = []  # pbar of each global view
+    @staticmethod
+    def add_arguments(parser):
+        add_method_arguments(parser)
+
+    def forward(self, rows, kept=(), generator=None):
+        views = [self.head(x) for x in rows]
+        means = []  # pbar of each global view, of each group where the prior is local
 
         def reduce_mean(local_mean):
             means.append(self._mean_over_processes(local_mean))
             return means[-1]
 
-        with torch.autocast(features[0].device.type, enabled=False):
-            loss, terms = self.loss_function(
-                views, self.head.dictionary, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
-            )
-        found = terms.pop("assignments", None)  # of this process's images, where the loss has found them
+        groups = zip(*(h.split(self._images_per_prior(len(h))) for h in views), strict=True)
+        with torch.autocast(rows[0].device.type, enabled=False):
+            parts = [self._loss(list(group), reduce_mean) for group in groups]
         with torch.no_grad():
-            self.assignments = self._nearest_of_all(views[0]) if found is None else all_gather_rows(found)
-            self._remember(torch.stack(means).mean(dim=0))
-        return loss, terms
+            found = [terms.pop("assignments", None) for _, terms in parts]  # where the loss has found them
+            assignments = self._nearest_of_all(views[0]) if found[0] is None else all_gather_rows(torch.cat(found))
+            first = self.head.dictionary.first
+            self.remember(assignments, torch.stack(means).mean(dim=0), first)
+        terms = {name: mean_of([terms[name] for _, terms in parts]) for name in parts[0][1]}
+        return mean_of([loss for loss, _ in parts]), terms
+
+    def _images_per_prior(self, num_images):
+        return num_images if self.prior_scope == "global" or self.batch_size is None else self.batch_size
+
+    def _loss(self, views, reduce_mean):
+        return self.loss_function(
+            views, self.head.dictionary, self.head.tau, self.beta, self.prior, self.num_global, reduce_mean
+        )
 
     def _mean_over_processes(self, local_mean):
         if self.prior_scope == "local" or self.head.dictionary.sharded:  # sharded: of the joined batch already
@@ -279,15 +303,6 @@ class CPLearn(Objective):
             return nearest_code(all_gather_rows(h), self.head.dictionary)
         return all_gather_rows(nearest_code(h, self.head.dictionary))
 
-    def _remember(self, mean):
-        """Take this step's images into the window; no wait for the device. mean: pbar of the codes held here."""
-        held = slice(self.head.dictionary.first, self.head.dictionary.first + len(mean))
-        self.usage[held].lerp_(mean.to(self.usage.dtype), 1 - math.exp(-len(self.assignments) / self.window))
-        codes = self.assignments[-self.window :]
-        places = (self.seen + torch.arange(len(codes), device=codes.device)) % self.window
-        self.recent.scatter_(0, places, codes.to(torch.int32))
-        self.seen += len(codes)
-
     def share_statistics(self):
         """With sharded codes each process has the usage of its own codes, until now."""
         if self.head.dictionary.sharded:
@@ -295,36 +310,25 @@ class CPLearn(Objective):
 
     @torch.no_grad()
     def statistics(self, features, averages):
-        """What a line of the log says of codes and of the loss, nats unless a docstring beside it says otherwise.
+        """What a line of the log says of codes (`CodesObjective`) and of the loss, in nats unless said otherwise.
 
-        codes_used      codes that were the likeliest of some image of the window; images_counted: how many it has
-        perplexity      of the mean prediction over the window, in codes
         batch_perplexity    K exp(-prior): of one batch's mean prediction, in codes, at most about N if p is hard ("kl")
         least_hard_prior    the least prior of a batch of N images whose p are hard; soft p, of some entropy, have less
         information     I = log K - prior - H(p): per image, what the views agree on, beyond what is true of all images
         gap, gap_share  of the loss to Lemma 1's bound; as a share of the trivial states' gap: 0 at the bound, 1 at the
                         better one of uniform p and a single code
-        within_code     variance of features among images that share a code, over all variance (0: collapse in codes)
         """
         log_k = math.log(self.num_codes)
-        counted = torch.arange(self.window, device=self.seen.device) < self.seen
-        used = torch.zeros(self.num_codes + 1, dtype=torch.bool, device=self.seen.device)
-        used[torch.where(counted, self.recent.long(), self.num_codes)] = True
         gap = averages["loss"] - loss_lower_bound(self.num_codes, self.beta, self.prior)
-        line = {
-            "num_codes": self.num_codes,
-            "codes_used": used[:-1].sum(),
-            "images_counted": counted.sum(),
-            "perplexity": torch.special.entr(self.usage / self.usage.sum()).sum().exp(),
+        line = super().statistics(features, averages) | {
             "least_hard_prior": least_hard_prior(self.num_codes, len(features), self.prior),
             "entropy_share": averages["entropy"] / log_k,
             "gap": gap,
             "gap_share": gap / trivial_gap(self.num_codes, self.beta, self.prior) if self.beta else None,
-            "within_code": within_code_variance(features, self.assignments),
         }
         if self.prior == "kl":
             line["batch_perplexity"] = self.num_codes * math.exp(-averages["prior"])
-            line["images_per_mean"] = len(features) // (world_size() if self.prior_scope == "local" else 1)
+            line["images_per_mean"] = self._images_per_prior(len(features))
             line["information"] = log_k - averages["prior"] - averages["entropy"]
         return line
 
@@ -352,6 +356,10 @@ class CPLearn(Objective):
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "counts"}
             state_dict |= {prefix + name: torch.zeros_like(getattr(self, name)) for name in names}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def mean_of(scalars):
+    return sum(scalars[1:], scalars[0]) / len(scalars)
 
 
 def describe_loss(loss_function):
@@ -406,51 +414,45 @@ def trivial_gap(num_codes, beta, prior="kl"):
 
 
 def add_method_arguments(parser):
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument_group("method").add_argument  # defaults: CPLearn.flags
     add(
         "--out_dim",
         type=Number(int, least=2, below=1 / EPS),
-        default=131072,
-        help="number of codes K; more codes mean finer clusters",
+        help="number of codes K (prototypes, classes); more codes mean finer clusters",
     )
-    add("--proj_dim", type=positive(int), default=None, help="width F of the head (default: the backbone's)")
+    add("--proj_dim", type=positive(int), help="width of the embeddings; None: F is the backbone's")
     add(
         "--activation",
         choices=ACTIVATIONS,
-        default="l2",
         help="l2 (Eq. 1) does not depend on the batch size and learns faster; tanh: the paper's experiments",
     )
-    add("--beta", type=not_negative(float), default=0.25, help="weight of agreement; if code usage falls, lower it")
-    add("--prior", choices=PRIORS, default="kl", help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
+    add("--beta", type=not_negative(float), help="weight of agreement; if code usage falls, lower it")
+    add("--prior", choices=PRIORS, help="kl (Appendix N) is stable for ViTs; ce is Eq. 2")
     add(
         "--prior_scope",
         choices=("global", "local"),
-        default="global",
-        help="mean prediction over the batch of all processes, or over each process's own as in the authors' code",
+        help="mean prediction over the batch of all processes, or of each group of --batch_size_per_gpu images, as in "
+        "the authors' code",
     )
     add = parser.add_argument_group("for K of millions").add_argument
     add(
         "--head_impl",
         choices=HEAD_IMPLS,
-        default="auto",
         help="form of the loss: dense (with B x K arrays), or without such arrays tiled (by matrix products) or triton "
         "(CUDA kernels, never run on a GPU yet); auto: the one that wins, said at the start",
     )
     add(
         "--dictionary",
         choices=list(DICTIONARIES),
-        default="rademacher",
         help="random signs as in the paper; hadamard: orthogonal blocks of F codes, a fast transform on CPUs",
     )
     add(
         "--codes_storage",
         choices=STORAGES,
-        default="int8",
         help="of random signs: F K bytes of memory, an eighth as bits, or the seed alone, hashed where it is used",
     )
     add(
         "--shard_codes",
         action=argparse.BooleanOptionalAction,
-        default=False,
         help="each process holds its share of the codes and sees all images: for K of millions",
     )

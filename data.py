@@ -190,9 +190,10 @@ class TrainLoader:
     """Batches of `images` for one of `world_size` processes, in an order that is a function of (seed, epoch).
 
     images: what `open_dataset` returned.        args: resolved flags, and args.seed.
-    batch_size: per process. Step s of an epoch takes images [s G, (s + 1) G) of the epoch's order, with
-    G = batch_size * world_size, and rank r the r-th contiguous slice of these; so the order does not depend on the
-    number of processes at equal G. What is left over at the end of an epoch is dropped.
+    batch_size: B, of a micro-batch; accum_steps: M, micro-batches of a process in a step. Step s of an epoch takes
+    images [s G, (s + 1) G) of the epoch's order, with G = B M world_size; micro-batch m of rank r takes the
+    (r M + m)-th contiguous slice of these; so the order does not depend on the number of processes at equal G. What is
+    left over at the end of an epoch is dropped.
     recipe: of the views; by default the one that the flags of augmentation.py name.
     device: where the views are made; batches for a CUDA device are pinned, so that copies to it do not block.
     Raises UserError if there are fewer images than one batch, or args.in_chans cannot be made from the images.
@@ -201,9 +202,10 @@ class TrainLoader:
     .num_bad_images how many of them it met in the current epoch.
     """
 
-    def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None, device="cpu"):
+    def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None, device="cpu", accum_steps=1):
         self.images, self.max_bad_images, self.device = images, args.max_bad_images, torch.device(device)
-        self.plan = Plan(args.seed, len(images), batch_size, rank, world_size)
+        self.accum_steps = accum_steps
+        self.plan = Plan(args.seed, len(images), batch_size, accum_steps, rank, world_size)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.recipe = recipe or make_recipe(args)
         self.num_views = sum(len(group.views) for group in self.recipe.view_groups())
@@ -211,16 +213,16 @@ class TrainLoader:
         check_channels(images, args.in_chans)
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{len(images)} images do not fill one batch of {batch_size * world_size} ({batch_size} on each of "
-                f"{world_size} processes): lower the batch size or add images"
+                f"{len(images)} images do not fill one batch of {self.plan.images_per_step} "
+                f"({batch_size * accum_steps} on each of {world_size} processes): lower the batch size or add images"
             )
-        self.coming = None  # (step of the run, end of the run) of the batch that `stream` gives next
+        self.coming = None  # (number in the run, end of the run) of the micro-batch that `stream` gives next
         if isinstance(images, FolderImages):
             dataset = CropDataset(images, self.recipe)
-            self.workers = Workers(dataset, args.num_workers, self.device, persistent=True)
+            self.workers = Workers(dataset, args.num_workers, self.device, persistent=True, at_once=accum_steps)
 
     def epoch(self, epoch, first_step=0, end=None):
-        """Iterates over the Batches of one epoch from step `first_step` on; those before it are not read.
+        """Iterates over the Batches of one epoch from step `first_step` on, M for each; those before are not read.
 
         end: steps of the whole run, if more epochs follow: while the last batches of this epoch are used, the workers
         make the first ones of the next, and after the run's last batch none.
@@ -228,23 +230,29 @@ class TrainLoader:
         start, after = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
         end = after if end is None else end
         self.num_bad_images = 0
-        for step in range(start + first_step, min(after, end)):
-            batch = self.batch(step, end)
+        for number in range((start + first_step) * self.accum_steps, min(after, end) * self.accum_steps):
+            batch = self.batch(number, end * self.accum_steps)
             self.note_bad_images(batch)
             yield batch
 
-    def batch(self, step, end):
-        """Of a step of the run, the next one of the stream; or a new stream begins at it."""
-        if self.coming != (step, end):
-            self.stream = self.batches(step, end)
-        self.coming = step + 1, end
+    def steps(self, epoch, first_step=0, end=None):
+        """`epoch`, in lists: the M micro-batches of each step."""
+        batches = self.epoch(epoch, first_step, end)
+        while step := list(itertools.islice(batches, self.accum_steps)):
+            yield step
+
+    def batch(self, number, end):
+        """The micro-batch of that number in the run, the next one of the stream; or a new stream begins at it."""
+        if self.coming != (number, end):
+            self.stream = self.batches(number, end)
+        self.coming = number + 1, end
         return next(self.stream)
 
-    def batches(self, step, end):
+    def batches(self, number, end):
         plan, images, device = self.plan, self.images, self.device  # not self: a circle would keep the workers alive
         if isinstance(images, FolderImages):
-            return self.workers.batches(lambda done: plan.steps(step + done, end))
-        return (batch_in_memory(images, epoch, indices, device) for epoch, indices in plan.steps(step, end))
+            return self.workers.batches(lambda done: plan.micro_batches(number + done, end))
+        return (batch_in_memory(images, epoch, indices, device) for epoch, indices in plan.micro_batches(number, end))
 
     def augment(self, batch, device):
         """Views of a batch: V float32 tensors (B, in_chans, h, w) on `device`, normalised; see `make_views`."""
@@ -285,24 +293,30 @@ class Plan:
 
     seed: int
     num_images: int
-    batch_size: int  # per process
+    batch_size: int  # of a micro-batch
+    accum_steps: int  # micro-batches of a process in a step
     rank: int
     world_size: int
 
     @property
-    def steps_per_epoch(self):
-        return self.num_images // (self.batch_size * self.world_size)
+    def images_per_step(self):
+        return self.batch_size * self.accum_steps * self.world_size
 
-    def steps(self, step, end):
-        """(epoch, indices int64 (B,)) for each step of the run from `step` to before `end`."""
-        while step < end:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            order = epoch_order(self.seed, epoch, self.num_images)
-            order = order[: self.steps_per_epoch * self.world_size * self.batch_size]
-            mine = order.reshape(self.steps_per_epoch, self.world_size, self.batch_size)[first:, self.rank]
-            for indices in mine[: end - step]:
+    @property
+    def steps_per_epoch(self):
+        return self.num_images // self.images_per_step
+
+    def micro_batches(self, first, end):
+        """(epoch, indices int64 (B,)) of each micro-batch of the run from number `first` to before `end`."""
+        per_epoch = self.steps_per_epoch * self.accum_steps
+        while first < end:
+            epoch, done = divmod(first, per_epoch)
+            order = epoch_order(self.seed, epoch, self.num_images)[: self.steps_per_epoch * self.images_per_step]
+            mine = order.reshape(self.steps_per_epoch, self.world_size, -1)[:, self.rank]
+            mine = mine.reshape(per_epoch, self.batch_size)[done:]
+            for indices in mine[: end - first]:
                 yield epoch, indices
-            step += len(mine)
+            first += len(mine)
 
 
 # "views" of things that are not views
@@ -461,9 +475,10 @@ class Workers:
     num_workers: 0 makes the batches in this process.
     device: where the batches go; those for a CUDA device are pinned by a thread.
     persistent: the processes stay for the next call of `batches`.
+    at_once: batches that are taken together.
     """
 
-    def __init__(self, dataset, num_workers, device, persistent=False):
+    def __init__(self, dataset, num_workers, device, persistent=False, at_once=1):
         self.steps = Steps()
         self.start = functools.partial(
             torch.utils.data.DataLoader,
@@ -474,6 +489,7 @@ class Workers:
             worker_init_fn=start_worker,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=device.type == "cuda",
+            prefetch_factor=max(2, -(-at_once // num_workers) + 1) if num_workers else None,
         )
         self.loader = self.start()
 

@@ -16,25 +16,23 @@ The same command again goes on where the run was, bit for bit.
 import argparse
 import contextlib
 import io
-import itertools
 import math
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from timm.optim import Lars
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import augmentation
 import data
+from accumulation import FirstHalf, backward_of_joint_batch, refuse_batch_norm, wrap
 from backbones import add_backbone_arguments, check_crop_sizes, new_backbone
+from baselines import BASELINES
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
@@ -48,12 +46,13 @@ from checkpoint import (
     save_last_whole_step,
     share_of_batch,
 )
-from cplearn_head import CPLearn, CPLearnHead, add_method_arguments
+from cplearn_head import CPLearn, CPLearnHead
 from evaluation import extract_features
 from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, check_same_classes, open_dataset
-from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, plot_views, read_together
+from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
+from objective import Course, add_objective_arguments, resolve_objective
 from pretrained import load_backbone
 from utils import (
     PRECISIONS,
@@ -76,7 +75,6 @@ from utils import (
     parameter_groups,
     positive,
     rank,
-    reaching_peers,
     seed_everything,
     world_size,
 )
@@ -87,26 +85,26 @@ GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
 
 
+OBJECTIVES = {"cplearn": CPLearn} | BASELINES
+
 # flags of DINO's training that have no meaning here, and what to do instead
 DINO_ONLY = {
-    "--momentum_teacher": "there is no teacher",
-    "--teacher_temp": "there is no teacher; tau follows from --out_dim and the batch size",
-    "--warmup_teacher_temp": "there is no teacher",
-    "--warmup_teacher_temp_epochs": "there is no teacher",
-    "--norm_last_layer": "the last layer is a frozen dictionary",
-    "--freeze_last_layer": "the last layer is a frozen dictionary",
-    "--use_bn_in_head": "the head always has batch norm",
     "--use_fp16": "use --precision bf16, fp16 or fp32",
     "--batch_size": "use --batch_size_per_gpu",
 }
 
 
 def get_args_parser():
-    parser = ArgumentParser("main_cplearn.py", "Pretrain a backbone without labels by CPLearn.", DINO_ONLY)
+    parser = ArgumentParser(
+        "main_cplearn.py",
+        "Pretrain a backbone without labels by CPLearn, or by one of the systems it is compared with.",
+        DINO_ONLY,
+        resolve=lambda args: resolve_objective(args, OBJECTIVES),
+    )
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
-    add_method_arguments(parser)
+    add_objective_arguments(parser, OBJECTIVES)
     add_optimization_arguments(parser)
     add_run_arguments(parser)
     return parser
@@ -114,7 +112,14 @@ def get_args_parser():
 
 def add_optimization_arguments(parser):
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size_per_gpu", type=positive(int), default=64, help="images per process; also fixes tau for tanh")
+    add("--batch_size_per_gpu", type=positive(int), default=64, help="images at once; also fixes tau for tanh")
+    add(
+        "--accum_steps",
+        type=positive(int),
+        default=1,
+        help="micro-batches of --batch_size_per_gpu images that make one step, exactly the step on all of them "
+        "together; costs up to one more forward pass",
+    )
     add("--epochs", type=positive(int), default=100, help="passes over the images; the paper: 100 on ImageNet-100")
     add("--max_steps", type=positive(int), default=None, help="end (and anneal) after so many steps, for trying things")
     add("--warmup_epochs", type=not_negative(float), default=10, help="linear warm-up of the learning rate")
@@ -191,10 +196,12 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
-    batch_size: int  # images per process
+    batch_size: int  # images per micro-batch
+    accum_steps: int  # micro-batches of this process in a step
     loader: data.TrainLoader
     model: "Model"
-    forward: nn.Module  # the model, wrapped for several processes
+    first_half: nn.Module  # backbone -> rows of one micro-batch; wrapped for several processes
+    second_half: nn.Module  # the objective: rows of the joint batch -> loss; wrapped for several processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     total_steps: int
@@ -210,8 +217,8 @@ class Run:
 
     @property
     def effective_batch(self):
-        """Images per step, over all processes."""
-        return self.batch_size * world_size()
+        """Images per step, over all micro-batches and processes."""
+        return self.batch_size * self.accum_steps * world_size()
 
     @property
     def may_overflow(self):
@@ -257,8 +264,8 @@ def train_one_epoch(run, step):
     run.model.train()
     run.buffers_before_step = buffers_before_step(run, step)
     clock = Clock()
-    for batch in clock.waiting(run.loader.epoch(epoch, first, run.total_steps)):
-        features = train_one_step(run, batch, step)
+    for batches in clock.waiting(run.loader.steps(epoch, first, run.total_steps)):
+        features = train_one_step(run, batches, step)
         step += 1
         run.watch.progress(step)
         if step % run.args.log_every == 0 or step == last:
@@ -274,42 +281,27 @@ def train_one_epoch(run, step):
     return step
 
 
-def train_one_step(run, batch, step):
-    """One step of the optimizer; returns this process's features of the global crops, (2B, D)."""
-    seed_everything(run.args.seed, step, rank())  # drop path and pixel noise: functions of the step, not histories
+def train_one_step(run, batches, step):
+    """One step of the optimizer on the M micro-batches of all processes; returns this process's features of the global
+    crops, (2 M B, D)."""
+    objective, backbone = run.model.objective, run.model.backbone
     set_schedules(run, step)
-    views = run.loader.augment(batch, run.device)  # V x (B, C, h, w)
-    if step == 0 and rank() == 0:
-        with run.log.going_on("views.png"):
-            plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
-    run.model.objective.before_step(step)
-    loss, terms, features = run.forward(views)
-    run.scaler.scale(loss).backward()
-    grad_norm = update_weights(run)
-    run.model.objective.after_step(step)
-    bad_images = loss.new_full((), batch.num_failed)
+    objective.before_step(step, backbone)
+    loss, terms, rows = backward_of_joint_batch(run, batches, step)
+    grad_norm = update_weights(run, step)
+    objective.after_step(step, backbone)
+    bad_images = loss.new_full((), sum(batch.num_failed for batch in batches))
     run.recorder.record(step, loss=loss, **terms, grad_norm=grad_norm, bad_images=bad_images)
     run.log.advance()
-    return features
+    return torch.cat(rows[:NUM_GLOBAL]).detach()
 
 
 class Model(nn.Module):
-    """Backbone and objective in one forward pass, so that DDP averages the gradients of both."""
+    """All that is trained and saved."""
 
-    def __init__(self, backbone, objective, precision):
+    def __init__(self, backbone, objective):
         super().__init__()
-        self.backbone, self.objective, self.precision = backbone, objective, precision
-
-    def forward(self, views):
-        """V x (B, C, h, w), global crops first -> loss, terms, and features of the global crops (2B, D), detached."""
-        dtype = PRECISIONS[self.precision]
-        with torch.autocast(views[0].device.type, dtype, enabled=dtype is not None):
-            # one pass per resolution; crops of one size stand together
-            sizes = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape[-2:])]
-            features = [f for group in sizes for f in self.backbone(torch.cat(group)).chunk(len(group))]
-        features = [f.float() for f in features]  # V x (B, D); the head and the loss are float32
-        loss, terms = self.objective(features)
-        return loss, terms, torch.cat(features[:NUM_GLOBAL]).detach()
+        self.backbone, self.objective = backbone, objective
 
 
 def set_schedules(run, step):
@@ -332,12 +324,13 @@ def warmup_steps(run):
     return asked if asked < run.total_steps else run.total_steps // 10
 
 
-def update_weights(run):
+def update_weights(run, step):
     """Clip and step, unless the gradient is not finite; returns its global norm, on the device."""
-    optimizer, scaler = run.optimizer, run.scaler
+    optimizer, scaler, objective = run.optimizer, run.scaler, run.model.objective
     run.buffers_before_step = None
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.clip_grad or math.inf)
+    objective.before_update(step, run.model.backbone)
+    grad_norm = objective.clip_gradients(run.model.parameters(), run.args.clip_grad or math.inf)
     finite = torch.isfinite(grad_norm)  # the same on all processes: DDP has averaged the gradients
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips an overflow and lowers the scale
@@ -359,7 +352,7 @@ def log_step(run, step, features, clock):
     run.recorder.read(may_overflow=run.may_overflow)
     averages = run.recorder.line.take()
     images = run.effective_batch
-    features = all_gather_rows(features).unflatten(0, (-1, NUM_GLOBAL, run.batch_size))
+    features = all_gather_rows(features).unflatten(0, (world_size(), NUM_GLOBAL, -1))
     run.model.objective.share_statistics()
     bad_images = count_bad_images(run)
     if rank() == 0:
@@ -444,13 +437,22 @@ def describe(run, step):
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
     for text in model.objective.describe():
         say(text)
-    say(f"effective batch {run.effective_batch} = {run.batch_size} x {world_size()}; "
-        f"lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after {warmup_steps(run)} steps; "
-        f"{args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not")  # fmt: skip
+    say(
+        f"{describe_batch(run)}; lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after "
+        f"{warmup_steps(run)} steps; {args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not"
+    )
     if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
         say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
     start = f"resuming at step {step}" if step else "starting"
     say(f"{start}: {run.total_steps} steps in all; run folder {args.output_dir}")
+
+
+def describe_batch(run):
+    """Micro-batches x images at once x processes."""
+    if run.accum_steps == 1:
+        return f"effective batch {run.effective_batch} = {run.batch_size} x {world_size()}"
+    return (f"effective batch {run.accum_steps} x {run.batch_size} x {world_size()} = {run.effective_batch} images per "
+            f"step, exact; {run.accum_steps - 1} of {run.accum_steps} go through the backbone once more")  # fmt: skip
 
 
 # ---- when to save and to stop (checkpoint.py: how) -------------------------------------------------------------------
@@ -492,69 +494,65 @@ def build_run(args):
     on_rank_zero(make_folder, args.output_dir)
     lock = on_rank_zero(lock_folder, args.output_dir)
     earlier = find_earlier(args)
-    batch_size = share_of_batch(args, earlier)
-    if batch_size * world_size() < 2:
+    batch_size, accum_steps = share_of_batch(args, earlier)
+    if batch_size * accum_steps * world_size() < 2:
         raise UserError("--batch_size_per_gpu 1: batch norm needs at least 2 images per step, over all processes")
     images = open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
     refuse_differences(args, images)
-    loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device)
+    loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device, accum_steps=accum_steps)
+    total_steps = min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize)
     seed_everything(args.seed)
-    model = build_model(args, batch_size, device)
+    model = build_model(args, Course(device, batch_size, accum_steps, loader.steps_per_epoch, total_steps))
     check_crop_sizes(args, model.backbone)
+    if accum_steps > 1:
+        refuse_batch_norm(args, model.backbone, accum_steps)
     model.to(device)
+    if args.compile:
+        model.backbone.compile()
     return Run(
         args,
         device,
         batch_size,
+        accum_steps,
         loader,
         model,
-        forward=wrap(model, device, args.compile),
+        first_half=wrap(FirstHalf(model.backbone, model.objective, args.precision), device),
+        second_half=wrap(model.objective, device),
         optimizer=build_optimizer(args, model),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
-        total_steps=min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize),
+        total_steps=total_steps,
         val_images=val_images,
         lock=lock,
         earlier=earlier,
     )
 
 
-def build_model(args, batch_size, device):
+def build_model(args, course):
     backbone = load_backbone(args) if args.pretrained else new_backbone(args)
+    build = build_cplearn if args.objective == "cplearn" else OBJECTIVES[args.objective].from_args
+    return convert_sync_batchnorm(Model(backbone, build(args, backbone, course)))
+
+
+def build_cplearn(args, backbone, course):
     head = CPLearnHead(
         backbone.embed_dim,
         args.out_dim,
         args.proj_dim,
         args.activation,
-        batch_size,
+        course.batch_size,
         args.seed,
         args.dictionary,
         args.codes_storage,
         shard=(rank(), world_size()) if args.shard_codes else (0, 1),
     )
-    num_logits = batch_size * args.out_dim
+    num_logits = course.batch_size * course.accum_steps * args.out_dim
     loss_function = choose_loss(
-        args.head_impl, device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
+        args.head_impl, course.device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
     )
-    objective = CPLearn(head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function)
-    return convert_sync_batchnorm(Model(backbone, objective, args.precision))
-
-
-def wrap(model, device, compiled):
-    if compiled:
-        model.backbone.compile()
-    if world_size() == 1:
-        return model
-    # gloo's processes have met, nccl's meet here
-    meeting = reaching_peers() if device.type == "cuda" else contextlib.nullcontext()
-    with warnings.catch_warnings(), meeting:
-        warnings.simplefilter("ignore", FutureWarning)  # its successor would overwrite the shards of a dictionary
-        return DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch norm is synchronised, and the dictionary never changes
-            gradient_as_bucket_view=True,
-        )
+    return CPLearn(
+        head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function, batch_size=course.batch_size
+    )
 
 
 def build_optimizer(args, model):

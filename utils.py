@@ -120,11 +120,12 @@ LAUNCH_FLAGS = {
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations, and reports a mistake as one UserError line.
 
-    instead: {flag: what to do instead}, for flags of DINO's that have no meaning here."""
+    instead: {flag: what to do instead}, for flags of DINO's that have no meaning here.
+    resolve: called with the namespace, returns it with what depends on several flags filled in."""
 
-    def __init__(self, prog, description, instead=None):
+    def __init__(self, prog, description, instead=None, resolve=None):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
-        self.instead = LAUNCH_FLAGS | (instead or {})
+        self.instead, self.resolve = LAUNCH_FLAGS | (instead or {}), resolve or (lambda args: args)
 
     def parse_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
@@ -133,7 +134,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 raise UserError(f"{flag} has no value; see {self.prog} --help")
             if flag in self.instead:
                 raise UserError(f"{flag} has no meaning here: {self.instead[flag]}")
-        return super().parse_args(args, namespace)
+        return self.resolve(super().parse_args(args, namespace))
 
     def error(self, message):
         flag_first = re.sub(r"^argument ([^ :]+): ", r"\1 ", message)
@@ -169,7 +170,10 @@ def command_line(main):
             if isinstance(error, UserError | KeyboardInterrupt):
                 sys.exit(tell(error))
             raise
+        several = world_size() > 1
         close_group()
+        if several and not args:  # a script: gloo's threads outlive the group, and may meet the interpreter's end
+            leave(0)
         return result
 
     return run

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 import main_cplearn
 import vision_transformer
+from accumulation import FirstHalf
 from augmentation import make_recipe, make_views
 from backbones import build_backbone
 from benchmarks import sharding
@@ -247,13 +248,14 @@ def count_step(arch, num_codes, local_crops, grad_checkpointing, batch):
         head = CPLearnHead(backbone.embed_dim, num_codes, storage="seed")
         head.dictionary = Dictionary.of(torch.empty(backbone.embed_dim, num_codes, dtype=torch.int8))
         objective = CPLearn(head, loss_function=cplearn_loss)
-        model = main_cplearn.Model(backbone.to_empty(device="cpu"), objective, "bf16")
+        model = main_cplearn.Model(backbone.to_empty(device="cpu"), objective)
+        first_half = FirstHalf(model.backbone, objective, "bf16")
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         views = [torch.empty(batch, 3, size, size) for size in [224] * 2 + [96] * local_crops]
         tracker = MemTracker()
         tracker.track_external(model, *views, head.dictionary.data)
         with tracker, Counter() as counter:
-            model(views)[0].backward()
+            objective(first_half(views))[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         with Counter() as update:
             optimizer.step()

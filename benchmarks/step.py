@@ -74,19 +74,19 @@ def measure(args, form, folder):
     run = main_cplearn.build_run(settings)
     run.log, run.watch = RunLog(settings.output_dir, 0, run.total_steps), Watch((), 0, lambda: None)
     run.model.train()
-    batch = next(iter(run.loader.epoch(0)))
+    batches = next(run.loader.steps(0))
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the form before
     try:
-        timed(run, lambda step: main_cplearn.train_one_step(run, batch, step), 3 + args.repeats // 2)
-        seconds = timed(run, lambda step: main_cplearn.train_one_step(run, batch, step), args.repeats)
-        augmenting = timed(run, lambda step: run.loader.augment(batch, run.device), args.repeats)
-        launches, busy = profiled(run, batch)
+        timed(run, lambda step: main_cplearn.train_one_step(run, batches, step), 3 + args.repeats // 2)
+        seconds = timed(run, lambda step: main_cplearn.train_one_step(run, batches, step), args.repeats)
+        augmenting = timed(run, lambda step: run.loader.augment(batches[0], run.device), args.repeats)
+        launches, busy = profiled(run, batches)
     finally:
         main_cplearn.close(run)
         dist.destroy_process_group()
     times = {"step_ms": 1e3 * seconds, "augment_ms": 1e3 * augmenting, "gpu_ms": busy}
-    return times | {"images_per_s": run.batch_size / seconds, "launches": launches, "memory_mb": memory_mb()}
+    return times | {"images_per_s": run.effective_batch / seconds, "launches": launches, "memory_mb": memory_mb()}
 
 
 def timed(run, function, repeats):
@@ -104,12 +104,12 @@ def wait_for(device):
         torch.cuda.synchronize()
 
 
-def profiled(run, batch):
+def profiled(run, batches):
     """Kernel launches, and milliseconds for which the GPU is busy, of one step."""
     on_gpu = [ProfilerActivity.CUDA] * (run.device.type == "cuda")
     with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         for step in range(PROFILED):
-            main_cplearn.train_one_step(run, batch, step)
+            main_cplearn.train_one_step(run, batches, step)
         wait_for(run.device)
     events = profiler.key_averages()
     launches = sum(event.count for event in events if "LaunchKernel" in event.key)

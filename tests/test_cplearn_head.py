@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import cplearn_head
+import objective
 from cplearn_head import (
     CPLearn,
     CPLearnHead,
@@ -402,20 +402,20 @@ def test_head_is_float32_under_autocast():
 
 
 def test_statistics_of_the_window_by_hand(monkeypatch):
-    monkeypatch.setattr(cplearn_head, "WINDOW", (20, 20))
+    monkeypatch.setattr(objective, "WINDOW", (20, 20))
     torch.manual_seed(11)
-    objective = CPLearn(CPLearnHead(D, K, F))
+    method = CPLearn(CPLearnHead(D, K, F))
     codes, mean = [], torch.zeros(K)
     for _ in range(5):
         features = [torch.randn(B, D) for _ in range(3)]
-        loss, terms = objective(features)
+        loss, terms = method(features)
         with torch.no_grad():
-            p = [objective.head.logits(objective.head(x)).softmax(1) for x in features[:2]]
+            p = [method.head.logits(method.head(x)).softmax(1) for x in features[:2]]
         codes += p[0].argmax(1).tolist()
         decay = math.exp(-B / 20)
         mean = decay * mean + (1 - decay) * (p[0].mean(0) + p[1].mean(0)) / 2
     averages = {name: value.item() for name, value in terms.items()} | {"loss": loss.item()}
-    numbers = read_together(objective.statistics(features[0], averages))
+    numbers = read_together(method.statistics(features[0], averages))
     assert 5 * B > 20 and numbers["images_counted"] == 20
     assert numbers["codes_used"] == len(set(codes[-20:])) != len(set(codes))
     mean /= mean.sum()

@@ -158,14 +158,14 @@ def test_an_epoch_visits_each_image_once_and_epochs_differ(photographs):
 
 def test_next_epochs_first_batches_are_asked_for_before_the_last_ones_are_used(class_folders, monkeypatch):
     """Two workers, asked for two batches each ahead: the pipeline does not run empty between epochs."""
-    args, asked, steps = folder_args(class_folders), [], data.Plan.steps
+    args, asked, micro_batches = folder_args(class_folders), [], data.Plan.micro_batches
 
-    def traced(plan, step, end):
-        for item in steps(plan, step, end):
+    def traced(plan, first, end):
+        for item in micro_batches(plan, first, end):
             asked.append(item[0])
             yield item
 
-    monkeypatch.setattr(data.Plan, "steps", traced)
+    monkeypatch.setattr(data.Plan, "micro_batches", traced)
     args.num_workers = 2
     loader = data.TrainLoader(open_dataset(args), args, 4)
     expected = [batch for epoch in range(3) for batch in loader.epoch(epoch)][:14]

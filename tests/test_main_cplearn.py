@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import accumulation
 import main_cplearn
 import monitor
+from accumulation import FirstHalf
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn, CPLearnHead
@@ -307,8 +309,8 @@ def test_nan_stops_before_it_is_saved(folder, tmp_path, monkeypatch):
     forward = CPLearn.forward
     weights = {}
 
-    def poisoned(self, features):
-        loss, terms = forward(self, features)
+    def poisoned(self, *rows):
+        loss, terms = forward(self, *rows)
         poisoned.calls += 1
         if poisoned.calls == 8:
             weights["then"] = {k: v.clone() for k, v in self.state_dict().items() if "linear" in k}
@@ -347,8 +349,8 @@ class CountWaits(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(folder, tmp_path, augmentation, monkeypatch):
     changes = {"augmentation": augmentation, "local_crops_number": 2, "local_crops_size": 16}
     built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path, **changes)))
-    built.log = main_cplearn.RunLog(tmp_path, 0, 10)
-    batches = built.loader.epoch(0)
+    built.log, built.watch = main_cplearn.RunLog(tmp_path, 0, 10), main_cplearn.Watch(())
+    batches = built.loader.steps(0)
     main_cplearn.train_one_step(built, next(batches), 0)  # the first one draws a figure
     with CountWaits() as counter:
         features = main_cplearn.train_one_step(built, next(batches), 1)
@@ -431,7 +433,7 @@ def test_mistakes_are_one_line(folder, tmp_path, changes, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("flag", ["--momentum_teacher", "--teacher_temp=0.04", "--use_fp16", "--norm_last_layer"])
+@pytest.mark.parametrize("flag", ["--use_fp16", "--batch_size=8"])
 def test_dino_only_flags_say_why(flag):
     with pytest.raises(UserError, match="no meaning"):
         get_args_parser().parse_args([flag, "1"])
@@ -553,7 +555,7 @@ def test_a_figure_that_fails_is_a_warning(folder, tmp_path, monkeypatch, capsys,
         raise error
 
     monkeypatch.setattr(monitor, "pyplot", broken)
-    monkeypatch.setattr(main_cplearn, "plot_views", broken)
+    monkeypatch.setattr(accumulation, "plot_views", broken)
     run(folder, tmp_path, max_steps=2)
     said = capsys.readouterr().out
     assert said.count("warning: step") == 2 and "loss.png" in said and "views.png" in said
@@ -569,10 +571,10 @@ def test_a_notebooks_backend_is_no_fault(folder, tmp_path):
 def test_speed_counts_the_steps_since_the_start_and_not_those_of_the_checkpoint(folder, tmp_path, monkeypatch):
     """Ten steps are in the line that the restored averages end; five of them were made in this start."""
     built = main_cplearn.build_run(get_args_parser().parse_args(flags(folder, tmp_path)))
-    built.log = main_cplearn.RunLog(tmp_path, 0, 100)
+    built.log, built.watch = main_cplearn.RunLog(tmp_path, 0, 100), main_cplearn.Watch(())
     clock = main_cplearn.Clock()
-    for step, batch in enumerate(clock.waiting(built.loader.epoch(0))):
-        features = main_cplearn.train_one_step(built, batch, step)
+    for step, batches in enumerate(clock.waiting(built.loader.steps(0))):
+        features = main_cplearn.train_one_step(built, batches, step)
         if step == 4:
             clock = main_cplearn.Clock()
             clock.steps = 0
@@ -614,7 +616,7 @@ def test_two_steps_of_each_optimizer_by_hand(folder, tmp_path, optimizer, clip_g
         for name, p in model.named_parameters():
             p.grad = grads[name].clone()
         norm = torch.cat([g.double().flatten() for g in grads.values()]).norm()
-        assert main_cplearn.update_weights(built).item() == pytest.approx(norm.item(), rel=1e-5)
+        assert main_cplearn.update_weights(built, 1).item() == pytest.approx(norm.item(), rel=1e-5)
         scale = min(1.0, clip_grad / (norm.item() + 1e-6)) if clip_grad else 1.0
         for name, p in by_hand.items():
             g, (m, v) = grads[name].double() * scale, moments[name]
@@ -695,14 +697,16 @@ def put_on_fake_gpu(model, mode):
 def test_nothing_of_a_forward_pass_comes_back_to_the_host(head_impl):
     loss_function = choose_loss(head_impl, torch.device("cuda"), 8 * 2048)
     objective = CPLearn(CPLearnHead(192, 2048), loss_function=loss_function)
-    model, mode = main_cplearn.Model(build_backbone("vit_tiny", 32, 16, 3), objective, "fp32"), FakeTensorMode()
+    model, mode = main_cplearn.Model(build_backbone("vit_tiny", 32, 16, 3), objective), FakeTensorMode()
+    first_half = FirstHalf(model.backbone, objective, "fp32")
     put_on_fake_gpu(model, mode)
     with mode, torch.no_grad():
         views = [torch.empty(8, 3, size, size, device="cuda") for size in (32, 32, 16)]
         with Crossings() as crossings:
-            loss, terms, features = model(views)  # an operation sized by data would raise
-            model.objective.statistics(features[:8], dict.fromkeys(["loss", *terms], 1.0))
-        assert crossings.found == [] and devices([loss, terms, features]) == {"cuda"}
+            rows = first_half(views)
+            loss, terms = objective(rows)  # an operation sized by data would raise
+            objective.statistics(rows[0], dict.fromkeys(["loss", *terms], 1.0))
+        assert crossings.found == [] and devices([loss, terms, rows]) == {"cuda"}
         with Crossings() as crossings:
             loss.cpu()
         assert len(crossings.found) == 1  # the counter counts

@@ -12,6 +12,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main_cplearn
+from accumulation import FirstHalf
 from backbones import build_backbone
 from benchmarks import recipes
 from benchmarks.recipes import A100, REACHED, Counter, Step, fused_attention, least_seconds
@@ -83,7 +84,8 @@ def test_activations_are_those_really_saved_at_another_batch(step):
 def bytes_saved(batch):
     """What autograd keeps of a real forward pass, weights left out."""
     backbone = build_backbone("vit_tiny", drop_path_rate=None)
-    model = main_cplearn.Model(backbone, CPLearn(CPLearnHead(192, 1024)), "bf16")
+    objective = CPLearn(CPLearnHead(192, 1024))
+    model, first_half = main_cplearn.Model(backbone, objective), FirstHalf(backbone, objective, "bf16")
     ours = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -94,7 +96,7 @@ def bytes_saved(batch):
         return tensor
 
     with fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _, _ = model([torch.randn(batch, 3, 224, 224) for _ in range(2)])
+        loss, _ = objective(first_half([torch.randn(batch, 3, 224, 224) for _ in range(2)]))
     assert loss.requires_grad  # all that was packed is alive until here
     return sum(kept.values())
 

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 
 import main_cplearn
 from backbones import build_backbone
+from objective import Course
 from pictures import picture, write
 from pretrained import load_backbone, load_pretrained
 from test_pretrained import TheirHead, prefixed
@@ -479,7 +480,7 @@ def test_a_run_s_backbone_is_the_file_s(small, tmp_path):
     words = f"--dataset imagefolder --pretrained {tmp_path}/vit.pth --out_dim 64 --device cpu --drop_path_rate 0"
     args = main_cplearn.get_args_parser().parse_args(words.split())
     main_cplearn.check_arguments(args, torch.device("cpu"))
-    model = main_cplearn.build_model(args, 4, torch.device("cpu"))
+    model = main_cplearn.build_model(args, Course(torch.device("cpu"), 4, 1, 10, 10))
     torch.testing.assert_close(model.backbone(images(32)), small[0](images(32)), atol=1e-5, rtol=1e-5)
     assert args.arch == "vit_tiny"
 

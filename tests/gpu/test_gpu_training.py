@@ -109,7 +109,7 @@ def test_a_step_never_waits_for_the_device(device, pictures, tmp_path, no_waits,
     run.log, run.watch = RunLog(tmp_path / "run", 0, run.total_steps), Watch((), 0, lambda: None)
     run.model.train()
     try:
-        step = functools.partial(main_cplearn.train_one_step, run, next(iter(run.loader.epoch(0))))
+        step = functools.partial(main_cplearn.train_one_step, run, next(run.loader.steps(0)))
         for number in range(3):  # the first steps fill caches and draw views.png
             step(number)
         with no_waits():

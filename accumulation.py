@@ -1,0 +1,150 @@
+"""Gradients of one step, exactly those of the joint batch, however many micro-batches it comes in.
+
+    rows_m = first half of micro-batch m (each image by itself)     loss = second half of all rows (the joint batch)
+    d loss / d backbone = sum over m of (d rows_m / d backbone)^T (d loss / d rows_m)      for any loss; nothing is
+                                                                                           divided by M anywhere
+    work of M micro-batches, a backward pass being two forward passes: 3 + (M - 1) / M instead of 3
+    memory: the graph of one micro-batch, the rows of all, the second half on them
+
+Micro-batch m of rank r draws what process r M + m of a run without micro-batches would draw: M micro-batches on one
+process are M processes, with drop path, pixel noise and all. `run` is main_cplearn's Run.
+"""
+
+import contextlib
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from monitor import plot_views
+from utils import PRECISIONS, RunFailed, UserError, rank, reaching_peers, seed_everything, world_size
+
+# places of draws that no seed of (seed, step, rank) has: numpy pads with zeros, (seed, step) is (seed, step, 0)
+JOINT, OWN_DRAWS = 2**32, 1
+
+
+def backward_of_joint_batch(run, batches, step):
+    """Leaves the gradients of a step, averaged over processes and scaled by run.scaler; returns (loss, terms, rows).
+
+    The last micro-batch keeps its graph while the second half runs; those before it go through the backbone once
+    without a graph, and once more with it. batches: a list of M. rows: the objective's, of all of them."""
+    passes = [first_pass(run, batches, step, m) for m in range(len(batches))]
+    rows, kept = zip(*passes, strict=True)
+    for row in itertools.chain(*rows[:-1]):
+        row.requires_grad_()
+    joint = join(rows)
+    loss, terms = run.second_half(joint, join(kept), draws(run, step, JOINT))
+    run.scaler.scale(loss).backward()
+    for m in range(len(batches) - 1):
+        second_pass(run, batches, step, m, rows[m], kept[m])
+    return loss, terms, joint
+
+
+def first_pass(run, batches, step, m):
+    """Rows of micro-batch m, and what the objective prepared for it."""
+    run.watch.progress(run.watch.step)
+    last = m == len(batches) - 1
+    views = views_of(run, batches, step, m)
+    if step == m == 0 and rank() == 0:
+        with run.log.going_on("views.png"):
+            plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
+    with torch.no_grad(), autocast(views, run.args.precision):
+        generator = draws(run, step, rank() * len(batches) + m)
+        kept = run.model.objective.prepare(run.model.backbone, views, generator)
+    with torch.set_grad_enabled(last), averaging(run.first_half, len(batches) == 1):
+        return run.first_half(views, kept), kept
+
+
+def second_pass(run, batches, step, m, rows, kept):
+    """The backbone's gradient for micro-batch m, whose rows have theirs; the last of these averages over processes."""
+    run.watch.progress(run.watch.step)
+    with averaging(run.first_half, m == len(batches) - 2):
+        again = run.first_half(views_of(run, batches, step, m), kept)
+        if step == run.log.first_step:
+            check_repeated(rows, again)
+        pairs = [(new, old.grad) for new, old in zip(again, rows, strict=True) if old.grad is not None]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def views_of(run, batches, step, m):
+    """V x (B, C, h, w) of micro-batch m, which draws as process rank * M + m of a run without micro-batches would."""
+    # drop path and pixel noise: functions of the step, not histories
+    seed_everything(run.args.seed, step, rank() * len(batches) + m)
+    return run.loader.augment(batches[m], run.device)
+
+
+def draws(run, step, place):
+    """The generator of an objective's own draws: of a micro-batch, by its number over all processes, or JOINT."""
+    words = np.random.SeedSequence([run.args.seed, step, place, OWN_DRAWS]).generate_state(1)
+    return torch.Generator(run.device).manual_seed(int(words[0]))
+
+
+def join(parts):
+    """Lists of tensors, one list per micro-batch -> one list of their rows together."""
+    return list(parts[0]) if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+
+def averaging(half, now):
+    """Around forward and backward of a half: DDP averages its gradients over processes here, or leaves them be."""
+    return contextlib.nullcontext() if now or world_size() == 1 else half.no_sync()
+
+
+def check_repeated(rows, again):
+    """The second pass must give the rows of the first. Raises RunFailed for a backbone with draws of its own."""
+    for old, new in zip(rows, again, strict=True):
+        difference = float((old - new).detach().norm() / old.detach().norm().clamp_min(1e-30))
+        if difference > 0.05:  # rounding in bf16 is below 0.01, a dropped path changes a tenth and more
+            raise RunFailed(
+                f"--accum_steps: a second pass through the backbone changed its features by {difference:.0%}: it draws "
+                "from a generator of its own, or one image depends on another; use --accum_steps 1"
+            )
+
+
+class FirstHalf(nn.Module):
+    """Backbone and the objective's `embed` as one module for DDP, in the backbone's precision.
+
+    The bound method is no submodule: the objective's parameters belong to the other half."""
+
+    def __init__(self, backbone, objective, precision):
+        super().__init__()
+        self.backbone, self.embed, self.precision = backbone, objective.embed, precision
+
+    def forward(self, views, kept=()):
+        """Views V x (B, C, h, w) and what `prepare` gave -> the objective's rows, in float32 at least."""
+        with autocast(views, self.precision):
+            rows = self.embed(self.backbone, views, kept)
+        return [row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows]
+
+
+def autocast(views, precision):
+    dtype = PRECISIONS[precision]
+    return torch.autocast(views[0].device.type, dtype, enabled=dtype is not None)
+
+
+def wrap(half, device):
+    """A half of the model, wrapped so that its gradients are averaged over processes."""
+    if world_size() == 1 or not any(p.requires_grad for p in half.parameters()):
+        return half
+    # gloo's processes have met, nccl's meet here
+    meeting = reaching_peers() if device.type == "cuda" else contextlib.nullcontext()
+    with warnings.catch_warnings(), meeting:
+        warnings.simplefilter("ignore", FutureWarning)  # its successor would overwrite the shards of a dictionary
+        return DistributedDataParallel(
+            half,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch norm is synchronised, and the dictionary never changes
+            gradient_as_bucket_view=True,
+        )
+
+
+def refuse_batch_norm(args, backbone, accum_steps):
+    for name, module in backbone.named_modules():
+        if getattr(module, "running_var", None) is not None:
+            raise UserError(
+                f"--accum_steps {accum_steps}: {name} of --arch {args.arch} is a batch norm, which would see each "
+                "micro-batch alone; take a backbone without (vit_*, resnet8, convnext_*) or --accum_steps 1"
+            )
