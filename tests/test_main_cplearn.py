@@ -654,7 +654,7 @@ def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(folder, tmp_path,
         for is_finite in finite:
             for p in current.model.parameters():
                 p.grad = torch.full_like(p, 1.0 if is_finite else math.inf)
-            main_cplearn.update_weights(current)
+            main_cplearn.update_weights(current, 0)
     for (name, p), q in zip(built.model.named_parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
 
