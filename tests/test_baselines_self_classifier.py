@@ -1,0 +1,214 @@
+"""Self-Classifier against its equations written out on the joint batch, a known value, and one process against two."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from baselines.self_classifier import SelfClassifier, SelfClassifierHead, self_classifier_loss
+from objective import Course
+from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
+
+N, D, P, K, VIEWS = 12, 10, 8, 24, 4
+F64 = torch.float64
+
+
+def known_scores(num_views=4):
+    g = torch.Generator().manual_seed(11)
+    common = torch.randn(12, 24, generator=g, dtype=F64)
+    return list(0.3 * common + 0.1 * torch.randn(4, 12, 24, generator=g, dtype=F64))[:num_views]
+
+
+def loss_as_written(scores, row_temp=0.1, col_temp=0.05, eps=1e-12, num_global=2):
+    losses = []
+    for i, target in enumerate(scores):
+        for j, predicted in enumerate(scores):
+            if i == j or (i >= num_global and j >= num_global):
+                continue
+            t = (target / col_temp).exp()
+            t = t / t.sum(0)
+            t = t / t.sum(1, keepdim=True)
+            p = (predicted / row_temp).exp()
+            p = p / p.sum(1, keepdim=True)
+            p = p / p.sum(0) * p.shape[0] / p.shape[1]
+            losses.append(-(t * (p + eps).log()).sum() / len(t))
+    assert len(losses) in (2, 6, 10)
+    return sum(losses) / len(losses)
+
+
+def test_known_value():
+    loss, _ = self_classifier_loss(known_scores(2))
+    assert loss.item() == pytest.approx(1.8474971144024708, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_views", [2, 3, 4])
+def test_loss_and_gradient_equal_the_equations(num_views):
+    scores = [s.requires_grad_() for s in known_scores(num_views)]
+    loss, terms = self_classifier_loss(scores, 0.2, 0.1, 1e-3)
+    expected = loss_as_written(scores, 0.2, 0.1, 1e-3)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for got, want in zip(torch.autograd.grad(loss, scores), torch.autograd.grad(expected, scores), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+    assert 0 < terms["entropy"] < math.log(24) and 0 < terms["target_entropy"] < math.log(24)
+
+
+def test_trivial_states_have_loss_log_k():
+    """The paper's claim: neither one class for all images, nor uniform predictions, lowers the loss."""
+    uniform = [torch.zeros(12, 24, dtype=F64) for _ in range(2)]
+    one_class = [0.5 * torch.eye(24, dtype=F64)[3].expand(12, 24) for _ in range(2)]
+    for scores in (uniform, one_class):
+        assert self_classifier_loss(scores)[0].item() == pytest.approx(math.log(24), rel=1e-6)
+
+
+def test_classes_that_share_images_evenly_have_loss_0():
+    scores = [5 * torch.eye(4, dtype=F64).repeat(3, 1) for _ in range(2)]
+    assert self_classifier_loss(scores)[0].abs() < 1e-9
+
+
+def test_targets_ignore_what_all_images_share():
+    """A class's offset cancels in the softmax over images; predictions do feel it."""
+    a, b = known_scores(2)
+    offset = 0.1 * torch.randn(24, dtype=F64)
+    _, terms = self_classifier_loss([a, b])
+    _, shifted = self_classifier_loss([a + offset, b + offset])
+    torch.testing.assert_close(shifted["target_entropy"], terms["target_entropy"])
+    assert (shifted["entropy"] - terms["entropy"]).abs() > 1e-3
+
+
+def test_scores_far_apart_stay_finite():
+    scores = [(100 * s.float()).requires_grad_() for s in known_scores()]
+    loss, _ = self_classifier_loss(scores)
+    assert all(torch.isfinite(t).all() for t in [loss, *torch.autograd.grad(loss, scores)])
+
+
+@pytest.mark.parametrize("bad", ["shape", "one view"])
+def test_wrong_input_is_refused(bad):
+    scores = known_scores()
+    with pytest.raises(ValueError, match="expected"):
+        self_classifier_loss(scores[:1] if bad == "one view" else [*scores, scores[0][:5]])
+
+
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def build(batch_size=N, **changes):
+    torch.manual_seed(3)
+    args = argparse.Namespace(**SelfClassifier.flags | {"out_dim": K, "proj_dim": P, "seed": 0} | changes)
+    if args.head == "mlp" and "hidden_dim" not in changes:
+        args.hidden_dim = 14
+    course = Course(torch.device("cpu"), batch_size, 1, 1, 10)
+    return SelfClassifier.from_args(args, argparse.Namespace(embed_dim=D), course).double()
+
+
+def rows_of_step(step):
+    g = torch.Generator().manual_seed(step)
+    return [torch.randn(2 * N, D, generator=g, dtype=F64) for _ in range(VIEWS)]
+
+
+def train(objective, steps):
+    """Steps on this process's share of the rows; returns all that must not depend on the number of processes."""
+    several = world_size() > 1
+    wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
+    share, found = 2 * N // world_size(), []
+    for step in range(steps):
+        rows = [x[rank() * share : (rank() + 1) * share].requires_grad_() for x in map(torch.clone, rows_of_step(step))]
+        loss, terms = wrapped(rows)
+        loss.backward()
+        found += [all_reduce_mean(t.detach()) for t in (loss, *terms.values())]
+        found += [all_gather_rows(x.grad) / world_size() for x in rows]
+        for parameter in objective.parameters():
+            found.append(parameter.grad.clone())
+            parameter.data -= 0.5 * parameter.grad
+            parameter.grad = None
+        found += [b.clone().double() for b in objective.buffers()]
+    return [t.numpy() for t in [*found, *(p.detach() for p in objective.parameters())]]
+
+
+def train_in_process(_, head):
+    return train(build(head=head), 3)
+
+
+@pytest.mark.parametrize("head", ["mlp", "frozen_codes"])
+def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, head):
+    expected = train_in_process(0, head)
+    for found in run_in_processes(train_in_process, head):
+        for got, want in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_on_frozen_codes_the_softmax_over_classes_is_cplearns_p():
+    objective = build(head="frozen_codes")
+    rows = rows_of_step(0)
+    scores = objective._scores(rows)
+    p = objective.head.logits(objective.head(rows[0])).softmax(dim=1)
+    torch.testing.assert_close((scores[0] / 0.1).softmax(dim=1), p, rtol=1e-12, atol=0)
+    torch.testing.assert_close(objective(rows)[0], loss_as_written(scores), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [
+        ("mlp", {"out_dim": 30, "proj_dim": 9, "hidden_dim": 15, "row_temp": 0.2, "col_temp": 0.1}),
+        ("frozen_codes", {"out_dim": 30, "proj_dim": 9, "row_temp": 0.2, "col_temp": 0.1, "activation": "tanh",
+                          "dictionary": "hadamard"}),
+    ],
+)  # fmt: skip
+def test_every_flag_does_something(head, changes):
+    changes = {"nothing": {}} | {name: {name: value} for name, value in changes.items()}
+    losses = {build(head=head, **change)(rows_of_step(0))[0].item() for change in changes.values()}
+    assert len(losses) == len(changes)
+
+
+def test_codes_storage_is_the_heads():
+    assert build(head="frozen_codes", codes_storage="bits").head.dictionary.storage == "bits"
+
+
+@pytest.mark.parametrize(("head", "flag"), [("mlp", {"dictionary": "hadamard"}), ("frozen_codes", {"hidden_dim": 99})])
+def test_flags_of_the_other_head_are_refused(head, flag):
+    with pytest.raises(UserError, match=f"--{next(iter(flag))} .*--head {head} has no such flag"):
+        build(head=head, **flag)
+
+
+def test_widths_where_none_is_given():
+    assert build(proj_dim=None).head.classifier.weight_v.shape == (K, 128)
+    assert build(head="frozen_codes", proj_dim=None).head.dictionary.shape == (D, K)
+
+
+def test_head_of_the_public_sizes_is_rebuilt_from_its_state():
+    torch.manual_seed(0)
+    head = SelfClassifierHead(384)
+    matrices = [p for p in head.parameters() if p.ndim == 2]
+    assert sorted(tuple(p.shape) for p in matrices) == [(128, 4096), (1000, 1), (1000, 128), (4096, 384)]
+    assert head.classifier.weight_g.eq(1).all() and head.classifier.weight_g.requires_grad
+    assert all(m.std().item() == pytest.approx(0.02, rel=0.02) for m in matrices if m.shape[1] > 1)
+    assert all(p.eq(0).all() for name, p in head.named_parameters() if name.endswith("bias"))
+    small = build().head
+    again = SelfClassifierHead.from_state_dict(D, small.state_dict()).double()
+    again.load_state_dict(small.state_dict())
+    x = torch.randn(5, D, dtype=F64)
+    assert (again.assign(x) == small.assign(x)).all() and again.training
+    assert (small.eval()([x])[0].argmax(1) == again.assign(x)).all()
+
+
+def test_scores_are_cosines_times_gains_after_one_batch_norm_over_all_views():
+    head, views = build().head, rows_of_step(0)
+    together = head([torch.cat(views)])[0]
+    assert torch.equal(torch.cat(head(views)), together)
+    z, v = head.projector([torch.cat(views)])[0], head.classifier.weight_v
+    torch.testing.assert_close(together, torch.nn.functional.cosine_similarity(z[:, None], v[None], dim=2))
+    head.classifier.weight_g.data *= 3
+    torch.testing.assert_close(head([torch.cat(views)])[0], 3 * together)
+
+
+def test_statistics_and_description():
+    for head in ("mlp", "frozen_codes"):
+        objective = build(head=head)
+        loss, terms = objective(rows_of_step(0))
+        averages = {"loss": loss.item()} | {k: v.item() for k, v in terms.items()}
+        line = objective.statistics(rows_of_step(0)[0], averages)
+        assert 0 < line["entropy_share"] <= 1 and line["gap_share"] > 0 and line["images_counted"] == 24
+        text = " ".join(objective.describe())
+        assert "not here" in text and ("CPLearn's p" in text) == (head == "frozen_codes")
