@@ -3,4 +3,14 @@
 Every batch statistic is that of the joint batch, with gradient through the reduction wherever the system has gradient:
 N processes, or micro-batches, descend the loss of one on all images together."""
 
-BASELINES = {}  # --objective -> its class
+from baselines.barlow_twins import BarlowTwins
+from baselines.lejepa import LeJEPA
+from baselines.vicreg import VICReg
+from baselines.visreg import VISReg
+
+BASELINES = {  # --objective -> its class; of a shared flag, the first that has it defines it
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "lejepa": LeJEPA,
+    "visreg": VISReg,
+}

@@ -62,9 +62,9 @@ def ordered_pairs(num_views, num_global=2):
     return [(a, v) for a in range(num_global) for v in range(num_views) if v != a]
 
 
-def unit_directions(dim, num_directions, generator, like):
-    """Columns of length 1, uniform on the sphere: (dim, num_directions), of the device and type of the tensor `like`.
+def unit_directions(z, num_directions, generator):
+    """Columns of length 1, uniform on the sphere: (P, num_directions) for rows z (..., n, P), of their device and type.
 
-    generator: one that is the same on all processes; drawn on its device, in float32 whatever `like` is."""
-    directions = torch.randn(dim, num_directions, generator=generator, device=generator.device).to(like)
+    generator: one that is the same on all processes; drawn on its device, in float32 whatever z is."""
+    directions = torch.randn(z.shape[-1], num_directions, generator=generator, device=generator.device).to(z)
     return directions / directions.norm(dim=0)

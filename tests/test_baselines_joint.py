@@ -82,11 +82,11 @@ def test_logsumexp_of_one_process_has_the_gradient_of_torchs():
 
 
 def test_directions_are_of_length_1_and_follow_the_generator():
-    like = torch.zeros(1, dtype=torch.float64)
-    first, again, other = (unit_directions(D, 64, torch.Generator().manual_seed(s), like) for s in (3, 3, 4))
+    z = torch.zeros(V, N, D, dtype=torch.float64)
+    first, again, other = (unit_directions(z, 64, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     torch.testing.assert_close(first.norm(dim=0), torch.ones(64, dtype=torch.float64), rtol=1e-15, atol=1e-15)
-    narrow = unit_directions(D, 64, torch.Generator().manual_seed(3), like.float())
+    narrow = unit_directions(z.float(), 64, torch.Generator().manual_seed(3))
     torch.testing.assert_close(narrow.double(), first, rtol=1e-6, atol=1e-6)
 
 
