@@ -47,7 +47,7 @@ class Projector(nn.Module):
         joined = torch.cat(group).to(self.mlp[0].weight.dtype)
         return self.mlp(joined).split([len(view) for view in group])
 
-    def describe(self):
+    def __str__(self):
         names = {"view": "each view", "resolution": "the views of a resolution", "all": "all views"}
         return f"{'-'.join(map(str, self.widths))}, batch norm over {names[self.norm]}"
 
@@ -74,4 +74,4 @@ class ProjectorObjective(Objective):
             return self.loss(self.head(rows, self.num_global), generator)
 
     def describe(self):
-        return [f"head: {self.head.describe()}"]
+        return [f"head: {self.head}"]
