@@ -12,7 +12,7 @@ import torch
 from baselines.joint import check_views, joint_rows, unit_directions
 from baselines.projector import ProjectorObjective
 
-EPS = 1e-6  # added to a deviation, as in the authors' code
+EPS = 1e-6  # added to a deviation
 
 
 def visreg_loss(views, directions, lamb=0.6, num_global=2):
@@ -25,7 +25,7 @@ def visreg_loss(views, directions, lamb=0.6, num_global=2):
     directions: (P, A), columns of length 1; the same on all processes.
     Returns (loss, {"center", "scale", "shape", "invariance"}), unweighted; the first three as in `visreg_parts`.
     Raises ValueError for shapes that do not fit.
-    Source: arXiv 2606.02572. Its code sorts each process's images alone; the joint batch is our own choice.
+    Source: arXiv 2606.02572. Sorting the rows of all processes together keeps N processes one batch: our own choice.
     """
     check_views(views, num_global)
     z = torch.stack(list(views))  # (V, n, P)

@@ -11,6 +11,7 @@ import torch
 import accumulation
 import main_cplearn
 import runs
+from benchmarks import accumulation as accumulation_benchmark
 from checkpoint import load_checkpoint
 from joint_steps import assert_near, over_processes, steps_in_float64
 from runs import assert_same_checkpoint, launch, write_pictures
@@ -244,3 +245,11 @@ def test_views_of_both_passes_and_of_the_joint_batch_are_equal(folder, tmp_path)
             found[name, step] = accumulation.join(views[::2])
     for step in range(4):
         assert all(torch.equal(a, b) for a, b in zip(found["joint", step], found["parts", step], strict=True))
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_micro_batches():
+    """Eight times the images at equal B: the rows of all, and what the second half makes of them, are a small part."""
+    args = accumulation_benchmark.get_parser().parse_args(["--batch", "16"])
+    few, many = (float(accumulation_benchmark.in_own_process(args, parts)) for parts in (2, 16))
+    assert many < 1.25 * few
