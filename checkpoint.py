@@ -101,12 +101,14 @@ def checkpoint_state(run, step, buffers=None, recorder=None):
     model = run.model.state_dict()
     model |= {name: value for name, value in (buffers or {}).items() if name in model}
     backbone = {k: v for k, v in model.items() if k.startswith("backbone.")}
-    head, teacher, rest = split_state({k.removeprefix("objective."): v for k, v in model.items() if k not in backbone})
+    objective = {k.removeprefix("objective."): v for k, v in model.items() if k not in backbone}
+    head, entries, rest = split_state(objective, run.model.objective.entries)
     student = backbone | head
     return {
         "format": FORMAT,
         "student": student,
-        "teacher": teacher or student,
+        "teacher": student,
+        **entries,
         "objective": rest,
         "optimizer": run.optimizer.state_dict(),
         "fp16_scaler": run.scaler.state_dict(),
@@ -126,11 +128,13 @@ def checkpoint_args(args):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
 
 
-def split_state(state):
-    """An objective's state dict -> its head's ("head.*"), its teacher's ("backbone.*", "head.*"), and the rest."""
+def split_state(state, names):
+    """An objective's state dict -> its head's ("head.*"), {name: state dict} of its modules `names`, and the rest."""
     head = {k: v for k, v in state.items() if k.startswith("head.")}
-    teacher = {k.removeprefix("teacher."): v for k, v in state.items() if k.startswith("teacher.")}
-    return head, teacher, {k: v for k, v in state.items() if not k.startswith(("head.", "teacher."))}
+    entries = {
+        name: {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")} for name in names
+    }
+    return head, entries, {k: v for k, v in state.items() if k.split(".")[0] not in ("head", *names)}
 
 
 def keep_copy(run, step):
@@ -169,11 +173,16 @@ def find_earlier(args):
     if path is None:
         return None
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format", FORMAT) != FORMAT:
         raise UserError(
             f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
         )
     return state | {"path": path}
+
+
+def is_ours(state):
+    """Whether this program wrote the checkpoint, rather than the code of a method's authors."""
+    return "format" in state
 
 
 @contextlib.contextmanager
@@ -192,7 +201,10 @@ def resume(run):
     if state is None:
         return 0
     with fitting(state):
-        check_same_run(run, state)
+        if is_ours(state):
+            check_same_run(run, state)
+        else:
+            state |= run.model.objective.translate(run, state)
         load_state(run, state)
         if type(state["step"]) is not int or not 0 <= state["step"] <= run.total_steps:
             raise ValueError(f"its step is {reprlib.repr(state['step'])} of {run.total_steps}")
@@ -209,7 +221,7 @@ def share_of_batch(args, state):
     that it would have seen: by other M, so that B, memory and random draws stay; or by a lower B where that cannot be,
     or by any B if the backbone has batch norm. Raises UserError where the batch cannot be divided."""
     asked = args.batch_size_per_gpu, args.accum_steps
-    if state is None or args.allow_changed_flags:
+    if state is None or args.allow_changed_flags or not is_ours(state):
         return asked
     with fitting(state):
         then = state["args"]
@@ -240,10 +252,8 @@ def load_state(run, state):
     backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     head = {k: v for k, v in weights.items() if k.startswith("head.")}
     run.model.backbone.load_state_dict(backbone)
-    teacher = (
-        {f"teacher.{k}": v for k, v in state["teacher"].items()} if hasattr(run.model.objective, "teacher") else {}
-    )
-    run.model.objective.load_state_dict(state["objective"] | head | teacher)
+    entries = {f"{name}.{k}": v for name in run.model.objective.entries for k, v in state[name].items()}
+    run.model.objective.load_state_dict(state["objective"] | head | entries)
     settings = run.optimizer.state_dict()["param_groups"]  # they follow from the flags and the step
     run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
     check_moments(run.optimizer)

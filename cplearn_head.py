@@ -146,6 +146,10 @@ class CPLearnHead(nn.Module):
             raise UserError(f"dictionary {dictionary}: {error}") from None
 
     @property
+    def num_codes(self):
+        return self.dictionary.num_codes
+
+    @property
     def codes(self):
         """(F, K) int8 of -1 and +1: those that this process holds."""
         return self.dictionary.dense()
@@ -260,6 +264,12 @@ class CPLearn(CodesObjective):
         super().__init__(head.dictionary.num_codes)
         self.head, self.loss_function, self.batch_size = head, loss_function, batch_size
         self.beta, self.prior, self.num_global, self.prior_scope = beta, prior, num_global, prior_scope
+
+    @classmethod
+    def head_from_state_dict(cls, in_dim, state, settings):
+        if settings.get("activation") is None or not {"linear.weight", "seed", "scale"} <= state.keys():
+            return None
+        return CPLearnHead.from_state_dict(in_dim, state, settings["activation"])
 
     @staticmethod
     def add_arguments(parser):

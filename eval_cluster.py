@@ -139,7 +139,7 @@ def check_heads(args, models):
     """Before hours of features: that there is something to score, and something to merge."""
     heads = {evaluated.name: evaluated.model.head for evaluated in models if evaluated.model.head is not None}
     if not heads and not args.kmeans:
-        raise UserError(f"{models[-1].name}: no head, so no codes, and no k-means asked for: give --kmeans K")
+        raise UserError(f"{why_no_codes(models[-1])}, and no k-means asked for: give --kmeans K")
     without = [name for name, head in heads.items() if not hasattr(head, "dictionary")]
     if args.match_k and args.match_on == "codes" and without:
         raise UserError(f"--match_on codes: the head of {without[0]} has no dictionary; use --match_on features")
@@ -153,13 +153,20 @@ def all_clusterings(evaluated, features, codes, args, notes):
 
     notes: list of sentences, to which goes why one is not there."""
     if codes is None:
-        notes.append(f"{evaluated.name}: no head, so no codes; k-means only")
+        notes.append(f"{why_no_codes(evaluated)}; k-means only")
     else:
         codes = codes.numpy()
         yield "codes", codes
         yield from merged_clusterings(evaluated, features, codes, args, notes)
     for k in args.kmeans:
         yield f"k-means {k}", kmeans(features, k, args.kmeans_restarts, args.spherical, args.seed)
+
+
+def why_no_codes(evaluated):
+    objective = evaluated.model.settings.get("objective")
+    if objective in (None, "cplearn"):
+        return f"{evaluated.name}: no head, so no codes"
+    return f"{evaluated.name}: no head that names codes; it was trained by --objective {objective}"
 
 
 def merged_clusterings(evaluated, features, codes, args, notes):

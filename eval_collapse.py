@@ -94,7 +94,7 @@ def analyse(evaluated, features, codes, args):
     pictures = {"rows": sample, "vectors": features[sample], "of": "features", "codes": None}
     usage = entropy = None
     if codes is not None:
-        usage = collapse.code_usage(codes, count_codes(head))
+        usage = collapse.code_usage(codes, head.num_codes)
         curves["usage"] = usage.pop("counts")
         within_code = float(within_code_variance(features, codes))
         row |= usage | {"within_code": None if math.isnan(within_code) else within_code}
@@ -110,6 +110,9 @@ def analyse(evaluated, features, codes, args):
         pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
     else:
         pictures["moment"] = collapse.covariance(features)
+        if (objective := evaluated.model.settings.get("objective")) not in (None, "cplearn"):
+            evaluation.note(f"{evaluated.name}: --objective {objective} has no dictionary of codes: what is measured "
+                            "against CPLearn's, and the gap to Lemma 1, is left out")  # fmt: skip
     if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
         positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
@@ -172,10 +175,6 @@ def smallest_probability(head):
     """Lemma 1's eps, from the temperature that it was made into (cplearn_head.code_temperature)."""
     dim, num_codes = head.dictionary.shape
     return 1 / (math.exp(head.radius * math.sqrt(dim) / head.tau) + num_codes - 1)
-
-
-def count_codes(head):
-    return head.dictionary.num_codes if isinstance(head, CPLearnHead) else len(head.last_layer.weight_v)
 
 
 def verdicts(row, eigenvalues, tightness, usage, num_images, entropy):

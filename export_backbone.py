@@ -188,6 +188,8 @@ def trained_by(model, checkpoint):
         method = "[CPLearn](https://arxiv.org/abs/2410.04959)"
     elif "dino_loss" in checkpoint:
         method = "[DINO](https://arxiv.org/abs/2104.14294)"
+    elif model.settings["objective"] is not None:
+        method = f"`--objective {model.settings['objective']}`"
     on = f" on {model.settings['dataset']}" if model.settings["dataset"] else ""
     steps = checkpoint.get("step")
     return f"pretrained without labels by {method}{on}" + (f", {steps} steps" if isinstance(steps, int) else "")

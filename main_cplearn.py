@@ -32,7 +32,6 @@ import augmentation
 import data
 from accumulation import FirstHalf, backward_of_joint_batch, refuse_batch_norm, wrap
 from backbones import add_backbone_arguments, check_crop_sizes, new_backbone
-from baselines import BASELINES
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
@@ -53,7 +52,7 @@ from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import Course, add_objective_arguments, resolve_objective
-from pretrained import load_backbone
+from pretrained import OBJECTIVES, load_backbone
 from utils import (
     PRECISIONS,
     Agreement,
@@ -84,8 +83,6 @@ NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP: save, then end by the signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
 
-
-OBJECTIVES = {"cplearn": CPLearn} | BASELINES
 
 # flags of DINO's training that have no meaning here, and what to do instead
 DINO_ONLY = {
@@ -413,10 +410,11 @@ def knn(run, step):
     args = run.args
     settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
     settings |= {"batch_size": run.batch_size, "rank": rank(), "world_size": world_size(), "device": run.device}
+    evaluated = getattr(run.model.objective, "teacher", run.model).backbone  # as in a checkpoint
     matrices = []
     for images in (run.loader.images, run.val_images):
         batches = run.watch.each(data.eval_batches(images, **settings), step)
-        features, _ = extract_features(run.model.backbone, batches, len(images), run.device, args.precision)
+        features, _ = extract_features(evaluated, batches, len(images), run.device, args.precision)
         matrices += [features, torch.as_tensor(images.labels)]
     k = min(20, len(run.loader.images))
     search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch

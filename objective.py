@@ -41,9 +41,11 @@ class Objective(nn.Module):
     parameters get their gradient in `forward` only, the backbone's through rows only. The backbone is an argument of
     the hooks, never an attribute: it would be saved twice.
 
-    A module `teacher`, with `backbone` and `head` in it, is saved as a checkpoint's `teacher`; `head` as the student's.
+    `head` is saved with the backbone, as a checkpoint's student; modules named in `entries` under their own names, such
+    as `teacher`, with `backbone` and `head` in it; what is left, as `objective`.
     """
 
+    entries = ()
     flags = {}  # {flag's name: its default under this objective}: the flags that it reads
     advice = {}  # what to change, in words, for each kind that `monitor.diagnose` may find
 
@@ -51,6 +53,14 @@ class Objective(nn.Module):
     def from_args(cls, args, backbone, course):
         """The objective of a run. args: resolved flags.  backbone: on the CPU, not to be kept.  course: a Course."""
         raise NotImplementedError
+
+    @classmethod
+    def head_from_state_dict(cls, in_dim, state, settings):
+        """A head of the sizes that a checkpoint's state dict tells, whose `assign` names one of `num_codes` codes; the
+        weights are not loaded. None for objectives without codes and for what is no such head.
+
+        in_dim: D.  settings: the checkpoint's flags."""
+        return None
 
     @staticmethod
     def add_arguments(parser):
@@ -101,6 +111,15 @@ class Objective(nn.Module):
     def describe(self):
         """Lines for the start of a run: what was derived from the flags."""
         return []
+
+    def translate(self, run, state):
+        """A training checkpoint that the method's authors' code wrote, to go on from -> the entries of one of ours.
+
+        run: main_cplearn's, just built.  state: the file's content, its `path` in it."""
+        raise UserError(
+            f"{state['path']}: not a checkpoint of this program; evaluations read others, --resume does not, except "
+            "DINO's under --objective dino"
+        )
 
 
 class CodesObjective(Objective):

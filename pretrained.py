@@ -27,14 +27,14 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import images
 import utils
 from backbones import add_backbone_arguments, build_backbone
+from baselines import BASELINES
 from checkpoint import load_checkpoint
-from cplearn_head import ACTIVATIONS, CPLearnHead
+from cplearn_head import ACTIVATIONS, CPLearn
 from utils import PRECISIONS, UserError, choose_precision, positive
 from vision_transformer import ARCHS, VisionTransformer
 from weight_layouts import (
@@ -49,6 +49,7 @@ from weight_layouts import (
     unwrapped_names,
 )
 
+OBJECTIVES = {"cplearn": CPLearn} | BASELINES  # --objective -> its class
 FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std", "value_range")  # what evaluations take over from the file
 
 
@@ -219,7 +220,7 @@ def _load(path, checkpoint_key, given, random_weights, training):
     _check_fits(skeleton, state, f"{path}: {'.'.join([*network.path, ''])}{settings['arch']}")
     backbone = build_backbone(**options, **training)
     backbone.load_state_dict(state)
-    head, of_head = _build_head(backbone.embed_dim, network.siblings, saved.get("activation"), path)
+    head, of_head = _build_head(backbone.embed_dim, network.siblings, saved, path)
     epoch = checkpoint.get("epoch")
     settings |= {"checkpoint_key": label, "epoch": epoch if isinstance(epoch, int) else None}
     others = [name for each, name in zip(networks, labels(networks), strict=True) if each is not network]
@@ -278,10 +279,10 @@ def _settings(network, shapes, given, saved):
 
 
 class PretrainedModel(nn.Module):
-    """A frozen backbone, and its head where the file has CPLearn's or DINO's.
+    """A frozen backbone, and its head where the file has one that names codes: of an objective of ours, or DINO's.
 
-    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, value_range, dataset, beta,
-    prior, checkpoint_key and epoch; None where the file does not say.
+    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, value_range, dataset,
+    objective, beta, prior, checkpoint_key and epoch; None where the file does not say.
     """
 
     def __init__(self, backbone, head=None, settings=None):
@@ -344,37 +345,6 @@ class LastBlocks(nn.Module):
         return torch.cat([cls_tokens, patch_mean], dim=1)
 
 
-class DINOHead(nn.Module):
-    """DINO's projection head for features of width `in_dim`, of the sizes that a state dict has.
-
-    Linear layers with GELU between (and batch norm, where it was trained with), unit length, then the cosine with each
-    of K prototypes times its gain. Source: Caron et al. 2021, arXiv 2104.14294, in evaluation mode.
-    """
-
-    def __init__(self, in_dim, state):
-        super().__init__()
-        norms, layers = "mlp.1.running_mean" in state, []
-        for weight in _matrices("mlp.", state):
-            layers += [nn.Linear(in_dim, len(weight)), *([nn.BatchNorm1d(len(weight))] * norms), nn.GELU()]
-            in_dim = len(weight)
-        del layers[-2 if norms else -1 :]  # nothing follows the last linear layer
-        self.mlp = nn.Sequential(*layers) if "mlp.weight" not in state else layers[0]
-        self.last_layer = nn.Module()
-        num_prototypes = len(state["last_layer.weight_v"])
-        self.last_layer.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
-        self.last_layer.weight_v = nn.Parameter(torch.empty(num_prototypes, in_dim))
-
-    def forward(self, x):
-        """Backbone features (B, D) -> logits (B, K)."""
-        prototypes = F.normalize(self.last_layer.weight_v, dim=1) * self.last_layer.weight_g
-        return F.normalize(self.mlp(x), dim=1) @ prototypes.T
-
-    @torch.no_grad()
-    def assign(self, x):
-        """Backbone features (B, D) -> the prototype of each (B,) int64."""
-        return self(x).argmax(dim=1)
-
-
 def _read(path):
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder; expected a file, such as {os.path.join(path, 'checkpoint.pth')}")
@@ -415,6 +385,7 @@ def _are_numbers(values):
 PLAUSIBLE = {
     "arch": (lambda value: isinstance(value, str), "a name"),
     "dataset": (lambda value: isinstance(value, str), "a name"),
+    "objective": (lambda value: isinstance(value, str), "a name"),
     "activation": (lambda value: value in ACTIVATIONS, f"one of {ACTIVATIONS}"),
     "patch_size": (_is_side, "pixels"),
     "img_size": (_is_side, "pixels"),
@@ -460,7 +431,8 @@ def _json_beside(path, name):
 def _first_known(given, certain, saved, shapes):
     """Settings by the first source that has them. Shapes give our name to a ViT of many names (deit_small,
     vit_small_patch16_224); they do not tell the size of images, only that of the position embedding."""
-    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "value_range", "dataset", "beta", "prior")
+    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "value_range", "dataset")
+    names += ("objective", "beta", "prior")
     sources = (given, certain, saved, shapes)
     return {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
 
@@ -523,13 +495,6 @@ def _converted_by_timm(backbone, state):
         return {}
 
 
-def _matrices(prefix, state):
-    """The weights of linear layers below a prefix, in the order of their numbers."""
-    found = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and name.endswith("weight")}
-    ordered = sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-    return [found[name] for name in ordered if found[name].ndim == 2]
-
-
 def _check_fits(module, state, what):
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -564,20 +529,21 @@ def _load_strictly(module, state, what):
     module.load_state_dict(state)
 
 
-def _build_head(in_dim, siblings, activation, path):
-    """(CPLearn's head, DINO's, or None: for a bare backbone, or one trained with another method's head; and the names
-    of its tensors among the siblings)."""
+def _build_head(in_dim, siblings, saved, path):
+    """(head, or None: for a bare backbone, or one whose head names no codes; and the names of its tensors among the
+    siblings). A file that names no objective is an older one of CPLearn, or of DINO and those that have its head."""
     prefix = "dino_head." if any(name.startswith("dino_head.") for name in siblings) else "head."
     state = {name.removeprefix(prefix): t for name, t in siblings.items() if name.startswith(prefix)}
-    if activation is not None and {"linear.weight", "seed", "scale"} <= state.keys():
-        head, used = CPLearnHead.from_state_dict(in_dim, state, activation), list(state)
-    else:
+    objective = saved.get("objective") or ("dino" if saved.get("activation") is None else "cplearn")
+    used = list(state)
+    if objective == "dino":
         used = [name for name in state if name.startswith(("mlp.", "last_layer."))]  # iBOT has a second head beside
         state = {re.sub(r"^last_layer\.\S+\.original", "original", name): state[name] for name in used}
         state = {WEIGHT_NORM.get(name, name): tensor for name, tensor in state.items()}
-        if not {"last_layer.weight_g", "last_layer.weight_v"} <= state.keys():
-            return None, []
-        head = DINOHead(in_dim, state)
+    known = objective in OBJECTIVES and state
+    head = OBJECTIVES[objective].head_from_state_dict(in_dim, state, saved) if known else None
+    if head is None:
+        return None, []
     _load_strictly(head, state, f"{path}: {type(head).__name__}")
     return head.eval(), [prefix + name for name in used]
 

@@ -4,6 +4,7 @@ Every batch statistic is that of the joint batch, with gradient through the redu
 N processes, or micro-batches, descend the loss of one on all images together."""
 
 from baselines.barlow_twins import BarlowTwins
+from baselines.dino import DINO
 from baselines.lejepa import LeJEPA
 from baselines.vicreg import VICReg
 from baselines.visreg import VISReg
@@ -11,6 +12,7 @@ from baselines.visreg import VISReg
 BASELINES = {  # --objective -> its class; of a shared flag, the first that has it defines it
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
+    "dino": DINO,
     "lejepa": LeJEPA,
     "visreg": VISReg,
 }

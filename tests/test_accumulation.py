@@ -170,7 +170,7 @@ def test_shares_of_another_number_of_processes(then, processes, expected, monkey
     batch, parts, before = then
     args = main_cplearn.get_args_parser().parse_args(["--batch_size_per_gpu", str(batch), "--accum_steps", str(parts)])
     state = {"effective_batch": batch * parts * before, "world_size": before, "batch_size": batch, "args": vars(args)}
-    state |= {"path": "checkpoint.pth", "student": {"backbone.norm.weight": None}}
+    state |= {"format": "cplearn 2", "path": "checkpoint.pth", "student": {"backbone.norm.weight": None}}
     assert main_cplearn.share_of_batch(args, state) == expected
     state["student"]["backbone.bn1.running_var"] = None  # its statistics are of all that one pass sees
     assert main_cplearn.share_of_batch(args, state) == (batch * parts * before // processes, 1)

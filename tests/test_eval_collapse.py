@@ -11,9 +11,9 @@ from PIL import Image
 import eval_collapse
 import evaluation
 from backbones import build_backbone
-from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, loss_lower_bound, within_code_variance
+from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, loss_lower_bound
 from evaluation import collapse_figures
-from monitor import rankme
+from monitor import rankme, within_code_variance
 from pictures import but_what_was_opened
 
 ARGS = {
