@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from baselines.gedi import GEDI, GEDIHead, GEDINoGen, Sampling, evaluating, gedi_no_gen_loss, sgld
 from cplearn_head import cplearn_loss
+from joint_steps import assert_near, over_processes, steps_in_float64
 from objective import Course
+from runs import flags, write_pictures
 from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 B, D, K, VIEWS = 6, 10, 24, 3
@@ -180,6 +182,15 @@ def test_two_processes_equal_one_with_two_micro_batches(run_in_processes, name):
     for found in run_in_processes(train_in_process, name):
         for got, want in zip(found, expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_in_the_training_loop_two_processes_of_two_micro_batches_are_four(tmp_path, run_in_processes):
+    folder = write_pictures(tmp_path / "pictures", 48)
+    small = {"objective": "gedi", "hidden_dim": 32, "replay_size": 40, "sgld_steps": 2, "num_workers": 0,
+             "optimizer": "sgd", "lr": 1.0, "warmup_epochs": 0, "batch_size_per_gpu": 4}  # fmt: skip
+    expected = steps_in_float64(0, flags(folder, tmp_path / "one", accum_steps=4, **small), 4)
+    found = run_in_processes(steps_in_float64, flags(folder, tmp_path / "two", accum_steps=2, **small), 4)
+    assert_near(over_processes(found), expected, but=["state objective.usage"])  # usage is summed in another order
 
 
 def test_micro_batches_never_meet_in_a_slot_and_chains_go_on():
