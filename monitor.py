@@ -192,7 +192,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {line['train_loss']:.4f}, {speed}", refresh=False)
             return
-        names = ("train_loss", "train_invariance", "train_prior", "train_lr", "codes_used", "rankme")
+        names = ("train_loss", *terms_of(line), "train_lr", "codes_used", "rankme")
         shown = [f"{n.removeprefix('train_')} {line[n]:.4g}" for n in names if line.get(n) is not None]
         left = (time.monotonic() - self.started) / (line["step"] - self.first_step) * (self.total_steps - line["step"])
         self.print(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
@@ -203,6 +203,12 @@ class RunLog:
             if open_one is not None:
                 with self.going_on("TensorBoard's events"):
                     open_one.close()
+
+
+def terms_of(line):
+    """Names of the loss's terms in a logged line; CPLearn's entropy is none."""
+    others = ("train_loss", "train_lr", "train_wd", "train_grad_norm", "train_entropy")
+    return [name for name in line if name.startswith("train_") and name not in others]
 
 
 def keep_tensorboard_quiet(args):
@@ -415,17 +421,28 @@ PANELS = {
 }  # fmt: skip
 
 
+def panels_of(lines):
+    """PANELS; where the lines are another objective's, its loss and its terms in place of CPLearn's."""
+    last = lines[-1] if lines else {}
+    if ("train_prior" in last and "train_invariance" in last) or not last:
+        return PANELS
+    terms = {n.removeprefix("train_"): (lambda line, n=n: line[n]) for n in terms_of(last)}
+    own = {"loss": (None, {"loss": lambda line: line["train_loss"]}), "terms of the loss": (None, terms)}
+    return own | dict(list(PANELS.items())[2:])
+
+
 def plot_log(log_path, figure_path):
     """Draw loss, terms, code usage and rank of a log.txt against the step."""
     plt = pyplot()
     lines = [line for line in read_log(log_path) if line["kind"] == "step"]
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), sharex=True)
-    for axis, (title, (least, curves)) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, (title, (least, curves)) in zip(axes.flat, panels_of(lines).items(), strict=True):
         for label, value_of in curves.items():
             points = [(line["step"], value) for line in lines if (value := value_or_none(value_of, line)) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
         axis.set_title(title)
+        axis.set_visible(axis.has_data() or not lines)  # an objective without codes has no codes to show
         if least == "log" and axis.has_data():
             axis.set_yscale("log")
         elif least is not None:
