@@ -88,6 +88,10 @@ class GEDIHead(Projector):
     def __init__(self, in_dim, out_dim=2048, hidden_dim=2048, hidden_layers=1):
         super().__init__([in_dim, *[hidden_dim] * hidden_layers, out_dim], norm="view")
 
+    @property
+    def num_codes(self):
+        return self.widths[-1]
+
     def log_density(self, x):
         """Backbone features (n, D) -> f = logsumexp of the scores, without temperature (n,): log p(image) + const."""
         return self([x])[0].logsumexp(dim=1)
@@ -101,8 +105,8 @@ class GEDIHead(Projector):
     @classmethod
     def from_state_dict(cls, in_dim, state):
         """A head of the sizes that a state dict tells; the weights are not loaded."""
-        matrices = [value for name, value in state.items() if name.endswith("weight") and value.ndim == 2]
-        return cls(in_dim, len(matrices[-1]), len(matrices[0]), len(matrices) - 1)
+        layers = [len(state[name]) for name in ("mlp.0.weight", "mlp.3.weight", "mlp.6.weight") if name in state]
+        return cls(in_dim, layers[-1], layers[0], len(layers) - 1)
 
 
 @contextlib.contextmanager
@@ -139,7 +143,7 @@ class GEDINoGen(CodesObjective):
     }
 
     def __init__(self, head, beta=1.0, prior="kl", authors_form=False, head_temp=0.1, num_global=NUM_GLOBAL):
-        super().__init__(head.widths[-1])
+        super().__init__(head.num_codes)
         self.head, self.head_temp, self.num_global = head, head_temp, num_global
         self.beta, self.prior, self.authors_form = beta, prior, authors_form
 
@@ -151,6 +155,10 @@ class GEDINoGen(CodesObjective):
             )
         head = GEDIHead(backbone.embed_dim, args.out_dim, args.hidden_dim, args.hidden_layers)
         return cls(head, args.beta, args.prior, args.authors_form, args.head_temp)
+
+    @classmethod
+    def head_from_state_dict(cls, in_dim, state, settings):
+        return GEDIHead.from_state_dict(in_dim, state) if "mlp.3.weight" in state else None
 
     @staticmethod
     def add_arguments(parser):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from baselines.joint import check_views, joint_logsumexp, joint_mean, num_joint_rows
 from baselines.projector import Projector
-from cplearn_head import CPLearnHead
+from cplearn_head import CPLearn, CPLearnHead
 from objective import CodesObjective
 from utils import UserError, positive
 
@@ -84,6 +84,10 @@ class SelfClassifierHead(nn.Module):
             elif parameter.ndim == 2 and parameter is not self.classifier.weight_g:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
 
+    @property
+    def num_codes(self):
+        return len(self.classifier.weight_v)
+
     def forward(self, views):
         """V x (n, D) -> scores, V x (n, K)."""
         with torch.autocast(views[0].device.type, enabled=False):
@@ -101,11 +105,11 @@ class SelfClassifierHead(nn.Module):
     @classmethod
     def from_state_dict(cls, in_dim, state):
         """A head of the sizes that a state dict tells; the weights are not loaded."""
-        num_classes, proj_dim = state["classifier.weight_v"].shape
-        return cls(in_dim, num_classes, proj_dim, len(state["projector.mlp.0.weight"]))
+        names = ("classifier.weight_v", "projector.mlp.3.weight", "projector.mlp.0.weight")
+        return cls(in_dim, *(len(state[name]) for name in names))
 
     def __str__(self):
-        return f"{self.projector}, l2; {len(self.classifier.weight_v)} classes with trained gains"
+        return f"{self.projector}, l2; {self.num_codes} classes with trained gains"
 
 
 class SelfClassifier(CodesObjective):
@@ -134,10 +138,9 @@ class SelfClassifier(CodesObjective):
     }
 
     def __init__(self, head, row_temp=0.1, col_temp=0.05, num_global=NUM_GLOBAL):
-        self_made = isinstance(head, SelfClassifierHead)
-        super().__init__(len(head.classifier.weight_v) if self_made else head.dictionary.num_codes)
+        super().__init__(head.num_codes)
         self.head, self.row_temp, self.col_temp, self.num_global = head, row_temp, col_temp, num_global
-        self.frozen_codes = not self_made
+        self.frozen_codes = isinstance(head, CPLearnHead)
 
     @classmethod
     def from_args(cls, args, backbone, course):
@@ -146,6 +149,12 @@ class SelfClassifier(CodesObjective):
                 raise UserError(f"--{name} {getattr(args, name)}: --head {args.head} has no such flag; leave it out")
         build = build_head if args.head == "mlp" else build_frozen_codes
         return cls(build(args, backbone.embed_dim, course), args.row_temp, args.col_temp)
+
+    @classmethod
+    def head_from_state_dict(cls, in_dim, state, settings):
+        if "classifier.weight_v" in state:
+            return SelfClassifierHead.from_state_dict(in_dim, state)
+        return CPLearn.head_from_state_dict(in_dim, state, settings)
 
     @staticmethod
     def add_arguments(parser):

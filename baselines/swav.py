@@ -95,6 +95,10 @@ class SwAVHead(nn.Module):
         self.prototypes = nn.Linear(proj_dim, out_dim, bias=False)
         self.normalise_prototypes()
 
+    @property
+    def num_codes(self):
+        return len(self.prototypes.weight)
+
     @torch.no_grad()
     def normalise_prototypes(self):
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
@@ -120,8 +124,8 @@ class SwAVHead(nn.Module):
     @classmethod
     def from_state_dict(cls, in_dim, state):
         """A head of the sizes that a state dict tells; the weights are not loaded."""
-        num_prototypes, proj_dim = state["prototypes.weight"].shape
-        return cls(in_dim, num_prototypes, proj_dim, len(state["projector.mlp.0.weight"]))
+        names = ("prototypes.weight", "projector.mlp.3.weight", "projector.mlp.0.weight")
+        return cls(in_dim, *(len(state[name]) for name in names))
 
 
 class SwAV(CodesObjective):
@@ -163,12 +167,11 @@ class SwAV(CodesObjective):
         freeze_prototypes=0,
         num_global=NUM_GLOBAL,
     ):
-        num_prototypes, proj_dim = head.prototypes.weight.shape
-        super().__init__(num_prototypes)
+        super().__init__(head.num_codes)
         self.head, self.num_global = head, num_global
         self.temperature, self.epsilon, self.num_iterations = temperature, epsilon, num_iterations
         self.queue_starts, self.freeze_prototypes = queue_starts, freeze_prototypes
-        self.register_buffer("queue", torch.zeros(queue_length, num_global, proj_dim))
+        self.register_buffer("queue", torch.zeros(queue_length, num_global, head.prototypes.in_features))
         self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
         self.uses_queue = False
 
@@ -184,6 +187,10 @@ class SwAV(CodesObjective):
             args.epoch_queue_starts * course.steps_per_epoch,
             args.freeze_prototypes_epochs * course.steps_per_epoch,
         )
+
+    @classmethod
+    def head_from_state_dict(cls, in_dim, state, settings):
+        return SwAVHead.from_state_dict(in_dim, state) if "prototypes.weight" in state else None
 
     @staticmethod
     def add_arguments(parser):

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import main_cplearn
 from baselines.self_classifier import SelfClassifier, SelfClassifierHead, self_classifier_loss
+from checkpoint import load_checkpoint
 from objective import Course
+from pretrained import load_pretrained
+from runs import flags, write_pictures
 from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 N, D, P, K, VIEWS = 12, 10, 8, 24, 4
@@ -212,3 +216,16 @@ def test_statistics_and_description():
         assert 0 < line["entropy_share"] <= 1 and line["gap_share"] > 0 and line["images_counted"] == 24
         text = " ".join(objective.describe())
         assert "not here" in text and ("CPLearn's p" in text) == (head == "frozen_codes")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_dim": 32}, {"head": "frozen_codes"}])
+def test_a_checkpoints_head_names_the_same_codes(tmp_path, changes):
+    folder = write_pictures(tmp_path / "pictures", 16)
+    words = flags(folder, tmp_path / "run", objective="self_classifier", max_steps=1, **changes)
+    main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    model = load_pretrained(tmp_path / "run" / "checkpoint.pth")
+    for name, value in model.head.state_dict().items():
+        assert torch.equal(value, state["student"]["head." + name])
+    features = torch.randn(9, model.embed_dim)
+    assert model.head.num_codes == 64 and model.assign_features(features).shape == (9,)
