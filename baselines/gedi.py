@@ -130,7 +130,7 @@ class GEDINoGen(CodesObjective):
         "hidden_dim": 2048,
         "hidden_layers": 1,
         "head_temp": 0.1,
-        "beta": 1.0,
+        "beta": 0.25,
         "prior": "kl",
         "authors_form": False,
     }
@@ -201,7 +201,13 @@ class GEDINoGen(CodesObjective):
                 f"the authors' form, of one view and a prior not divided by K: its beta {self.beta:g} is "
                 f"{self.beta / self.num_codes:.2g} in units of the paper's"
             )
-        return [f"head: {self.head}, divided by {self.head_temp:g}", f"loss: GEDI no gen, {prior}"]
+        lines = [f"head: {self.head}, divided by {self.head_temp:g}", f"loss: GEDI no gen, {prior}"]
+        if self.beta >= 1 and not self.authors_form:
+            lines.append(
+                f"note: --beta {self.beta:g}: from 1 on, one class for all images is no worse than uniform p; if classes "
+                "fall out of use, lower it"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -228,12 +234,17 @@ class GEDI(GEDINoGen):
     """
 
     flags = GEDINoGen.flags | {
+        "beta": 1.0,  # all three weights are 1
         "weight_gen": 1.0,
         "sgld_steps": 20,
         "sgld_step_size": 1.0,
         "sgld_noise": 0.01,
         "replay_size": 10000,
         "reinit": 0.05,
+    }
+    advice = GEDINoGen.advice | {
+        "representation": "all images get one feature: lower --lr or --weight_gen",
+        "dimensional": "features span few directions: lower --weight_gen, raise --out_dim, or train longer",
     }
 
     def __init__(

@@ -253,7 +253,7 @@ def test_samples_and_noise_are_those_of_images_in_minus_1_to_1():
 
 def test_the_generative_term_is_of_one_function_and_raises_real_images_above_samples():
     objective, backbone = build(weight_gen=2.0), Backbone(norm=True).double()
-    alone = build(GEDINoGen)
+    alone = build(GEDINoGen, beta=1.0)
     loss, terms, rows, (noisy, samples, _) = halves_of_step(objective, objective, backbone, 0, 1)
     expected, _ = alone(rows[:VIEWS])
     torch.testing.assert_close(loss, expected + 2 * terms["generative"], rtol=1e-12, atol=0)
@@ -331,7 +331,9 @@ def test_statistics_and_description():
     line = objective.statistics(rows[0].detach(), averages)
     assert 1 <= line["batch_perplexity"] <= K and 0 < line["entropy_share"] <= 1 and 0 <= line["outside"] < 0.5
     assert line["information"] == pytest.approx(math.log(K) - averages["prior"] - averages["entropy"])
-    assert "no public source" in " ".join(objective.describe())
+    text = " ".join(objective.describe())
+    assert "no public source" in text and "--beta 1: from 1 on" in text
+    assert "from 1 on" not in " ".join(build(GEDINoGen).describe())
     objective.authors_form = True
     assert "batch_perplexity" not in objective.statistics(rows[0].detach(), averages)
     assert "0.042 in units of the paper's" in " ".join(objective.describe())
