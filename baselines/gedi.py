@@ -204,8 +204,8 @@ class GEDINoGen(CodesObjective):
         lines = [f"head: {self.head}, divided by {self.head_temp:g}", f"loss: GEDI no gen, {prior}"]
         if self.beta >= 1 and not self.authors_form:
             lines.append(
-                f"note: --beta {self.beta:g}: from 1 on, one class for all images is no worse than uniform p; if classes "
-                "fall out of use, lower it"
+                f"note: --beta {self.beta:g}: from 1 on, one class for all images is no worse than uniform p; if "
+                "classes fall out of use, lower it"
             )
         return lines
 
