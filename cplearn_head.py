@@ -424,7 +424,7 @@ def trivial_gap(num_codes, beta, prior="kl"):
 
 
 def add_method_arguments(parser):
-    add = parser.add_argument_group("method").add_argument  # defaults: CPLearn.flags
+    add = parser.add_argument_group("--objective cplearn").add_argument  # defaults: CPLearn.flags
     add(
         "--out_dim",
         type=Number(int, least=2, below=1 / EPS),
@@ -444,7 +444,7 @@ def add_method_arguments(parser):
         help="mean prediction over the batch of all processes, or of each group of --batch_size_per_gpu images, as in "
         "the authors' code",
     )
-    add = parser.add_argument_group("for K of millions").add_argument
+    add = parser.add_argument_group("--objective cplearn, for K of millions").add_argument
     add(
         "--head_impl",
         choices=HEAD_IMPLS,

@@ -189,7 +189,7 @@ def add_objective_arguments(parser, objectives):
     """--objective, and the flags of all objectives {name: class}; what each default is under which of them is told by
     --help, and filled in by `resolve_objective`."""
     group = parser.add_argument_group("objective")
-    group.add_argument("--objective", choices=list(objectives), default="cplearn", help="what is descended")
+    group.add_argument("--objective", choices=list(objectives), default="cplearn", help="whose head and loss")
     for objective in objectives.values():
         objective.add_arguments(parser)
     for action in parser._actions:
