@@ -101,7 +101,8 @@ def analyse(evaluated, features, codes, args):
         some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
         tightness.append(collapse.tightness(features[some], codes[some]))
         pictures["codes"] = codes[sample]
-    if isinstance(head, CPLearnHead):
+    objective = evaluated.model.settings.get("objective") or "cplearn"  # older files do not say it
+    if isinstance(head, CPLearnHead) and objective == "cplearn":
         device = evaluated.device if evaluated.device.type == "cuda" else torch.device("cpu")  # mps has no float64
         h = collapse.embed(head, features, device)
         of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, evaluated, args, device)
@@ -110,9 +111,9 @@ def analyse(evaluated, features, codes, args):
         pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
     else:
         pictures["moment"] = collapse.covariance(features)
-        if (objective := evaluated.model.settings.get("objective")) not in (None, "cplearn"):
-            evaluation.note(f"{evaluated.name}: --objective {objective} has no dictionary of codes: what is measured "
-                            "against CPLearn's, and the gap to Lemma 1, is left out")  # fmt: skip
+        if objective != "cplearn":
+            evaluation.note(f"{evaluated.name}: trained by --objective {objective}: what is measured against CPLearn's "
+                            "dictionary, and the gap to Lemma 1, is left out")  # fmt: skip
     if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
         positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]

@@ -215,7 +215,7 @@ def _load(path, checkpoint_key, given, random_weights, training):
     settings |= {"patch_size": _patch_size(skeleton), "num_heads": _num_heads(skeleton)}
     _check_img_size(settings)
     if random_weights:
-        return PretrainedModel(build_backbone(**options), None, settings)
+        return PretrainedModel(build_backbone(**options), None, settings | {"objective": None})
     state, left_out = _fit(skeleton, network.state)
     _check_fits(skeleton, state, f"{path}: {'.'.join([*network.path, ''])}{settings['arch']}")
     backbone = build_backbone(**options, **training)

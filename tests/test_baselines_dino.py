@@ -584,7 +584,7 @@ def test_evaluations_take_the_teacher_and_its_head(folder, trained, tmp_path, ca
     eval_collapse.main([*common, "--gmm_components", "2"])
     said = capsys.readouterr()
     assert "of 24 codes in use" in said.out and "Lemma 1" not in said.out
-    assert "--objective dino has no dictionary of codes" in said.err
+    assert "trained by --objective dino: what is measured against CPLearn's dictionary" in said.err
 
 
 def test_attention_of_a_dino_run_can_be_drawn(folder, trained, tmp_path):
