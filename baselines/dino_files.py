@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 
 from checkpoint import FREE_FLAGS, checkpoint_args, checkpoint_state
-from utils import UserError, rank
+from utils import UserError, one_line, rank
 
 ENTRIES = ("student", "teacher", "optimizer", "epoch", "args", "dino_loss")
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of a parameter
@@ -32,6 +32,8 @@ def translate(run, state):
     moments = moments_by_name(run, state, list(student))
     numbers = enumerate(name for group in run.optimizer.param_groups for name in group["names"])
     kept = {number: moments[name] for number, name in numbers if name in moments}
+    if type(state["epoch"]) is not int:
+        raise ValueError(f"its epoch is {one_line(state['epoch'], 60)}")
     step = state["epoch"] * run.loader.steps_per_epoch
     if rank() == 0:
         said = f"flags that differ: {'; '.join(differences)}" if differences else "all flags in common are the same"
@@ -56,7 +58,7 @@ def changed_flags(run, args):
     then = {name: list(value) if isinstance(value, tuple) else value for name, value in then.items()}
     both = sorted(then.keys() & now.keys() - OF_NO_WEIGHT)
     # None here is a default that depends on other flags
-    changes = [f"--{n} {then[n]} -> {now[n]}" for n in both if now[n] is not None and then[n] != now[n]]
+    changes = [f"--{n} {one_line(then[n], 60)} -> {now[n]}" for n in both if now[n] is not None and then[n] != now[n]]
     if {"batch_size_per_gpu", "world_size"} <= then.keys():
         total = then["batch_size_per_gpu"] * then["world_size"]
         changes += [f"effective batch {total} -> {run.effective_batch}"] if total != run.effective_batch else []

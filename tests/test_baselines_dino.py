@@ -496,6 +496,7 @@ REFUSED = {
     ),
     "no centre": (lambda state: {"dino_loss": {}}, {}, "dino_loss.center"),
     "another objective": (lambda state: {}, {"objective": "cplearn"}, "DINO's under --objective dino"),
+    "no epoch": (lambda state: {"epoch": "3"}, {}, "does not fit this run: ValueError its epoch is 3"),
     "after the end": (lambda state: {"epoch": 3}, {}, "its step is 18 of 12"),
 }
 
