@@ -177,6 +177,10 @@ def find_earlier(args):
         raise UserError(
             f"{path}: not a checkpoint of this program ({FORMAT!r}); evaluations read others, --resume does not"
         )
+    if path == own and not is_ours(state):
+        raise UserError(
+            f"{path}: other code wrote it, and this run would write over it; move it, and give --resume FILE"
+        )
     return state | {"path": path}
 
 

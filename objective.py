@@ -190,13 +190,21 @@ def add_objective_arguments(parser, objectives):
     --help, and filled in by `resolve_objective`."""
     group = parser.add_argument_group("objective")
     group.add_argument("--objective", choices=list(objectives), default="cplearn", help="whose head and loss")
-    for objective in objectives.values():
+    for name, objective in objectives.items():
         objective.add_arguments(parser)
+        group_of(
+            parser, f"--objective {name}"
+        ).description = f"reads {', '.join(f'--{flag}' for flag in objective.flags)}"
     for action in parser._actions:
         defaults = {name: objective.flags[action.dest] for name, objective in objectives.items()
                     if action.dest in objective.flags}  # fmt: skip
         if defaults:
             action.help += f" (default of {', '.join(f'{name}: {value}' for name, value in defaults.items())})"
+
+
+def group_of(parser, title):
+    found = [group for group in parser._action_groups if group.title == title]
+    return found[0] if found else parser.add_argument_group(title)
 
 
 def resolve_objective(args, objectives):

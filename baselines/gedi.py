@@ -162,7 +162,7 @@ class GEDINoGen(CodesObjective):
 
     @staticmethod
     def add_arguments(parser):
-        add = parser.add_argument_group("--objective gedi_no_gen and gedi").add_argument
+        add = parser.add_argument_group("--objective gedi_no_gen").add_argument
         add("--hidden_layers", type=Number(int, least=1, most=2), help="of the head: 1 in the code, 2 by the paper")
         add("--head_temp", type=positive(float), help="divides the head's scores in the softmax")
         add(

@@ -122,6 +122,7 @@ def test_help_shows_every_objectives_flags_with_their_defaults(capsys):
         main_cplearn.get_args_parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, objective in main_cplearn.OBJECTIVES.items():
+        assert f"--objective {name}: reads {', '.join(f'--{flag}' for flag in objective.flags)}" in text
         for flag, default in objective.flags.items():
             assert f"--{flag} " in text, flag
             assert f"{name}: {default}" in text, (name, flag)

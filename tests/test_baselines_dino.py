@@ -30,6 +30,7 @@ from monitor import read_log
 from pretrained import load_pretrained
 from runs import launch, write_pictures
 from test_main_cplearn import CountWaits
+from utils import UserError
 
 CROPS = {"local_crops_number": 2, "local_crops_size": 16}
 VIT = {"arch": "vit_tiny", "width": None, "patch_size": 16, "drop_path_rate": 0}
@@ -469,6 +470,15 @@ def test_a_run_goes_on_from_dinos_checkpoint(folder, trained, tmp_path, capsys):
     assert len(ours["optimizer"]["state"]) > 150 and ours["step"] == 12
     main_cplearn.main(again)  # its own folder comes first
     assert "DINO's checkpoint" not in capsys.readouterr().out
+
+
+def test_dinos_checkpoint_in_the_way_is_not_written_over(folder, trained, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(as_dinos(trained / "checkpoint0001.pth"), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="other code wrote it and this run would write over it; move it"):
+        main_cplearn.train(main_cplearn.get_args_parser().parse_args(words(folder, tmp_path, **VIT)))
+    assert path.read_bytes() == before
 
 
 def test_flags_that_differ_are_said(folder, trained, tmp_path, capsys):
