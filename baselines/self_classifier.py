@@ -3,10 +3,11 @@
 Amrani, Karlinsky, Bronstein, "Self-Supervised Classification Network", ECCV 2022 (arXiv 2103.10994).
 
     n images of this process, N of all, V views of each, the first G are global crops
-    D backbone width, P embedding width, K classes
+    D backbone width, P embedding width, K classes, L rows of the queue
 """
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from baselines.joint import check_views, joint_logsumexp, joint_mean, num_joint_
 from baselines.projector import Projector
 from cplearn_head import CPLearn, CPLearnHead
 from objective import CodesObjective
-from utils import UserError, positive
+from utils import Number, UserError, all_gather_rows, not_negative, positive, world_size
 
 NUM_GLOBAL = 2
 HEADS = ("mlp", "frozen_codes")
@@ -64,41 +65,54 @@ def balanced_over_images(probs, eps):
     return probs / column_sums.clamp_min(eps) * (num_images / probs.shape[-1])
 
 
-class SelfClassifierHead(nn.Module):
-    """The published head: D-H-P with LeakyReLU to unit length, then the cosine with each of K classes times its gain.
+@torch.no_grad()
+def nearest_neighbours(z, queue):
+    """Rows z (n, P) and a queue (L, P), of unit length -> each row's nearest of the queue (n, P), its cosine (n,)."""
+    parts = [(part @ queue.T).max(dim=1) for part in z.split(256)]  # L cosines of 256 rows at once
+    cosines, places = (torch.cat(of_parts) for of_parts in zip(*parts, strict=True))
+    return queue[places], cosines
 
-    One batch norm over all views of a step. Weights from a normal of std .02, truncated at 2; biases 0; gains 1, which
-    are trained, and decayed.
-    `classifier.weight_g` (K, 1) and `classifier.weight_v` (K, P) are torch's names in a weight norm. Runs in the
+
+class SelfClassifierHead(nn.Module):
+    """The published head: D-H-P with LeakyReLU to unit length, then classifiers: `classifier`, whose K classes are the
+    codes, and `more_classifiers` beside it.
+
+    One batch norm over all views of a step. Weights from a normal of std .02, truncated at 2; biases 0. Runs in the
     parameters' dtype, outside autocast."""
 
-    def __init__(self, in_dim, out_dim=1000, proj_dim=128, hidden_dim=4096):
+    def __init__(self, in_dim, out_dim=1000, proj_dim=128, hidden_dim=4096, more_classes=()):
         super().__init__()
         self.projector = Projector([in_dim, hidden_dim, proj_dim], norm="all", activation=nn.LeakyReLU)
-        self.classifier = nn.Module()
-        self.classifier.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.classifier.weight_v = nn.Parameter(torch.empty(out_dim, proj_dim))
+        self.classifier = Classifier(proj_dim, out_dim)
+        self.more_classifiers = nn.ModuleList(Classifier(proj_dim, num_classes) for num_classes in more_classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim == 2 and parameter is not self.classifier.weight_g:
+            elif parameter.ndim == 2 and not name.endswith("weight_g"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
 
     @property
     def num_codes(self):
         return len(self.classifier.weight_v)
 
+    @property
+    def more_classes(self):
+        return [len(classifier.weight_v) for classifier in self.more_classifiers]
+
     def forward(self, views):
-        """V x (n, D) -> scores, V x (n, K)."""
+        """V x (n, D) -> embeddings, V x (n, P) of unit length."""
         with torch.autocast(views[0].device.type, enabled=False):
-            classes = F.normalize(self.classifier.weight_v, dim=1) * self.classifier.weight_g
-            return [F.normalize(z, dim=1) @ classes.T for z in self.projector(views)]
+            return [F.normalize(z, dim=1) for z in self.projector(views)]
+
+    def scores(self, views):
+        """Embeddings V x (n, P) -> of each classifier V x (n, K), `classifier`'s first."""
+        return [classifier(views) for classifier in (self.classifier, *self.more_classifiers)]
 
     @torch.no_grad()
     def assign(self, x):
         """Backbone features (n, D) -> the class of each (n,) int64, by batch norm's running statistics."""
         was_training = self.training
-        codes = self.eval()([x])[0].argmax(dim=1)
+        codes = self.classifier(self.eval()([x]))[0].argmax(dim=1)
         self.train(was_training)
         return codes
 
@@ -106,16 +120,39 @@ class SelfClassifierHead(nn.Module):
     def from_state_dict(cls, in_dim, state):
         """A head of the sizes that a state dict tells; the weights are not loaded."""
         names = ("classifier.weight_v", "projector.mlp.3.weight", "projector.mlp.0.weight")
-        return cls(in_dim, *(len(state[name]) for name in names))
+        more = [len(v) for name, v in state.items() if re.fullmatch(r"more_classifiers\.\d+\.weight_v", name)]
+        return cls(in_dim, *(len(state[name]) for name in names), more)
 
     def __str__(self):
-        return f"{self.projector}, l2; {self.num_codes} classes with trained gains"
+        more = "".join(f", and {num_classes} beside them" for num_classes in self.more_classes)
+        return f"{self.projector}, l2; {self.num_codes} classes, the codes{more}; with trained gains"
+
+
+class Classifier(nn.Module):
+    """The cosine with each of K classes times the class's gain; gains begin at 1, are trained, and decayed.
+
+    `weight_g` (K, 1) and `weight_v` (K, P) are torch's names in a weight norm."""
+
+    def __init__(self, proj_dim, num_classes):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_classes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_classes, proj_dim))
+
+    def forward(self, views):
+        """V x (n, P) of unit length -> V x (n, K)."""
+        with torch.autocast(views[0].device.type, enabled=False):
+            classes = F.normalize(self.weight_v, dim=1) * self.weight_g
+            return [z @ classes.T for z in views]
 
 
 class SelfClassifier(CodesObjective):
     """Self-Classifier as the training loop's objective, on its published head or on CPLearn's with frozen codes.
 
-    head: a SelfClassifierHead; or a CPLearnHead, whose logits times `CODES_SCALE` are the scores."""
+    head: a SelfClassifierHead; or a CPLearnHead, whose logits times `CODES_SCALE` are the scores.
+    nn_queue: L; 0: none. With a SelfClassifierHead only:
+    queue   (L, P)  embeddings of view 0 of the latest images of all processes, newest first; the same on all processes
+    queued  how many images there have been: from L on, view 0's embedding is replaced by its nearest of the queue
+    """
 
     flags = {
         "head": "mlp",
@@ -124,11 +161,16 @@ class SelfClassifier(CodesObjective):
         "hidden_dim": 4096,
         "row_temp": 0.1,
         "col_temp": 0.05,
+        "more_classes": None,
+        "nn_queue": 0,
         "activation": "l2",
         "dictionary": "rademacher",
         "codes_storage": "int8",
     }
-    unused = {"mlp": ("activation", "dictionary", "codes_storage"), "frozen_codes": ("hidden_dim",)}
+    unused = {
+        "mlp": ("activation", "dictionary", "codes_storage"),
+        "frozen_codes": ("hidden_dim", "more_classes", "nn_queue"),
+    }
     advice = {
         "saddle": "predictions are uniform: lower --col_temp or --row_temp, or raise --lr",
         "representation": "all images get one feature: lower --lr or --col_temp",
@@ -137,18 +179,30 @@ class SelfClassifier(CodesObjective):
         "intracluster": "images that share a class are alike: raise --out_dim",
     }
 
-    def __init__(self, head, row_temp=0.1, col_temp=0.05, num_global=NUM_GLOBAL):
+    def __init__(self, head, row_temp=0.1, col_temp=0.05, nn_queue=0, num_global=NUM_GLOBAL):
         super().__init__(head.num_codes)
         self.head, self.row_temp, self.col_temp, self.num_global = head, row_temp, col_temp, num_global
         self.frozen_codes = isinstance(head, CPLearnHead)
+        sizes = [head.num_codes] if self.frozen_codes else [head.num_codes, *head.more_classes]
+        self.trivial_loss = sum(map(math.log, sizes)) / len(sizes)  # nats
+        self.nn_queue = nn_queue
+        if nn_queue:
+            self.register_buffer("queue", torch.zeros(nn_queue, head.classifier.weight_v.shape[1]))
+            self.register_buffer("queued", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def from_args(cls, args, backbone, course):
         for name in cls.unused[args.head]:
             if getattr(args, name) != cls.flags[name]:
                 raise UserError(f"--{name} {getattr(args, name)}: --head {args.head} has no such flag; leave it out")
+        images = course.steps_per_epoch * course.batch_size * course.accum_steps * world_size()
+        if args.nn_queue > images:
+            raise UserError(
+                f"--nn_queue {args.nn_queue}: an epoch has {images} images, so that most would find their own past as "
+                f"their neighbour; expected at most {images}, better a fifth of them"
+            )
         build = build_head if args.head == "mlp" else build_frozen_codes
-        return cls(build(args, backbone.embed_dim, course), args.row_temp, args.col_temp)
+        return cls(build(args, backbone.embed_dim, course), args.row_temp, args.col_temp, args.nn_queue)
 
     @classmethod
     def head_from_state_dict(cls, in_dim, state, settings):
@@ -166,27 +220,59 @@ class SelfClassifier(CodesObjective):
         )
         add("--row_temp", type=positive(float), help="of the predictions, softmax over classes")
         add("--col_temp", type=positive(float), help="of the targets, softmax over images; lower: harder targets")
+        add(
+            "--more_classes",
+            type=Number(int, least=2, below=10**8),  # as --out_dim
+            nargs="+",
+            metavar="K",
+            help="classifiers beside that of --out_dim, their losses averaged; published: 2000 4000 8000",
+        )
+        add(
+            "--nn_queue",
+            type=not_negative(int),
+            metavar="L",
+            help="view 0 becomes its nearest neighbour among so many past images, once there are as many; 0: not. "
+            "Published: 262144, a fifth of ImageNet",
+        )
 
     def forward(self, rows, kept=(), generator=None):
-        scores = self._scores(rows)
+        temperatures = self.row_temp, self.col_temp
         with torch.autocast(rows[0].device.type, enabled=False):
-            loss, terms = self_classifier_loss(scores, self.row_temp, self.col_temp, num_global=self.num_global)
-        self.remember_logits(scores[0] / self.row_temp)
-        return loss, terms
+            scores, own, found = self._scores(rows)
+            results = [self_classifier_loss(views, *temperatures, num_global=self.num_global) for views in scores]
+        self.remember_logits(own / self.row_temp)
+        return sum(loss for loss, _ in results) / len(results), results[0][1] | found
 
     def _scores(self, rows):
+        """Of each classifier V x (n, K); the first one's of view 0 itself (n, K), for its codes; terms of the queue."""
         if self.frozen_codes:
-            return [self.head.logits(self.head(x)) * CODES_SCALE for x in rows]
-        return self.head(rows)
+            scores = [self.head.logits(self.head(x)) * CODES_SCALE for x in rows]
+            return [scores], scores[0], {}
+        first, *others = self.head(rows)
+        replaced, found = self._neighbours_of(first) if self.nn_queue else (first, {})
+        with torch.no_grad():
+            (own,) = self.head.classifier([first])
+        return self.head.scores([replaced, *others]), own, found
+
+    def _neighbours_of(self, z):
+        """z (n, P) of view 0 -> its nearest of the queue, without gradient; z as it is before the queue is full."""
+        nearest, cosines = nearest_neighbours(z, self.queue)
+        replaced = torch.where(self.queued < self.nn_queue, z, nearest)
+        new = all_gather_rows(z)
+        self.queue.copy_(torch.cat([new, self.queue])[: self.nn_queue])
+        self.queued += len(new)
+        return replaced, {"neighbour_cosine": cosines.mean()}
 
     def statistics(self, features, averages):
-        """entropy_share   entropy of a prediction over log K: 1 where it is uniform
-        gap_share       loss over log K: 1 in the trivial states
+        """entropy_share   entropy of a prediction of the first classifier over log K: 1 where it is uniform
+        gap_share       loss over log K, the mean over classifiers: 1 in the trivial states
+        queued          images in the queue: neighbours count once they are L; None without one
+        Beside the term neighbour_cosine, of view 0 and its nearest of the queue: near 1 where it is its own past.
         """
-        log_k = math.log(self.num_codes)
         return super().statistics(features, averages) | {
-            "entropy_share": averages["entropy"] / log_k,
-            "gap_share": averages["loss"] / log_k,
+            "entropy_share": averages["entropy"] / math.log(self.num_codes),
+            "gap_share": averages["loss"] / self.trivial_loss,
+            "queued": self.queued.clamp(max=self.nn_queue) if self.nn_queue else None,
         }
 
     def describe(self):
@@ -198,17 +284,25 @@ class SelfClassifier(CodesObjective):
                 f"{dictionary.kind} codes; scores are {CODES_SCALE:g} x its logits, so that at --row_temp 0.1 softmax "
                 "over classes is CPLearn's p"
             )
+        recipe = (
+            "its authors' recipe has four classifiers (--more_classes 2000 4000 8000) and replaces view 0 by its "
+            "nearest neighbour among 262,144 past images (--nn_queue)"
+        )
+        if self.nn_queue:
+            recipe = (
+                f"view 0 is replaced by its nearest neighbour among {self.nn_queue} past images, once there are so "
+                "many; its authors leave out the image's own past, here it may be that neighbour"
+            )
         return [
             head,
-            f"loss: Self-Classifier, row_temp {self.row_temp:g}, col_temp {self.col_temp:g}, over the joint batch; "
-            f"log K = {math.log(self.num_codes):.4f} nats in the trivial states",
-            "note: one classifier; its authors' recipe has four (1000 to 8000 classes), their losses averaged, and "
-            "replaces view 0 by its nearest neighbour among 262,144 past images: not here",
+            f"loss: Self-Classifier, row_temp {self.row_temp:g}, col_temp {self.col_temp:g}, over the joint batch, "
+            f"mean over classifiers; log K = {self.trivial_loss:.4f} nats in the trivial states",
+            f"note: {recipe}",
         ]
 
 
 def build_head(args, in_dim, course):
-    return SelfClassifierHead(in_dim, args.out_dim, args.proj_dim or 128, args.hidden_dim)
+    return SelfClassifierHead(in_dim, args.out_dim, args.proj_dim or 128, args.hidden_dim, args.more_classes or ())
 
 
 def build_frozen_codes(args, in_dim, course):

@@ -20,7 +20,8 @@ SIZES = {
     "teacher_temp": 0.07,
 }  # fmt: skip
 FORMS = {name: {"objective": name} for name in main_cplearn.OBJECTIVES} | {
-    "frozen_codes": {"objective": "self_classifier", "head": "frozen_codes"}
+    "frozen_codes": {"objective": "self_classifier", "head": "frozen_codes"},
+    "neighbours": {"objective": "self_classifier", "more_classes": 40, "nn_queue": 24},  # full after 2 steps of 16
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
