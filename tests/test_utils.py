@@ -1,5 +1,6 @@
 """Batch norm against torch's on the joined batch, checkpoints that survive, files that are refused."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -306,6 +307,32 @@ def test_precision_needs_no_private_operator(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert choose_precision("auto", torch.device("cpu")) == "fp32"
     assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_a_script_of_several_processes_ends_without_taking_the_interpreter_apart():
+    """gloo's threads outlive their group; one that meets the interpreter's end aborts the process, now and then."""
+    program = (
+        "import atexit, utils, torch.distributed as dist; atexit.register(print, 'taken apart')\n"
+        "@utils.command_line\n"
+        "def main():\n"
+        "    utils.init_distributed('cpu'); dist.barrier(); print('done')\n"
+        "main()\n"
+    )
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | group | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            cwd=Path(utils.__file__).parent,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    for process in processes:
+        assert (process.communicate(timeout=120)[0], process.returncode) == ("done\n", 0)
 
 
 def test_what_the_terminal_cannot_show_is_escaped():
