@@ -529,7 +529,21 @@ def build_run(args):
 def build_model(args, course):
     backbone = load_backbone(args) if args.pretrained else new_backbone(args)
     build = build_cplearn if args.objective == "cplearn" else OBJECTIVES[args.objective].from_args
-    return convert_sync_batchnorm(Model(backbone, build(args, backbone, course)))
+    with fitting_in_memory(args):
+        return convert_sync_batchnorm(Model(backbone, build(args, backbone, course)))
+
+
+@contextlib.contextmanager
+def fitting_in_memory(args):
+    """Inside, sizes come from flags. Raises UserError where there is no such memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "overflow" not in str(error):
+            raise
+        sizes = [f"--{name} {value}" for name in OBJECTIVES[args.objective].flags
+                 if type(value := getattr(args, name)) is int and value > 1024]  # fmt: skip
+        raise UserError(f"{' '.join(sizes)}: a head of these sizes does not fit in memory; lower them") from None
 
 
 def build_cplearn(args, backbone, course):

@@ -118,6 +118,29 @@ def test_flags_of_another_objective_are_refused(flags, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"out_dim": 90_000_000, "proj_dim": 1_000_000},
+            "--out_dim 90000000 --proj_dim 1000000: a head",
+        ),
+        (
+            {"objective": "dino", "out_dim": 90_000_000, "proj_dim": 10**6},
+            "does not fit in memory",
+        ),
+        ({"objective": "vicreg", "hidden_dim": 9 * 10**18}, "--hidden_dim 9000000000000000000"),
+        ({"objective": "vicreg", "hidden_dim": 10**30}, f"--hidden_dim {10**30}: expected a whole number"),
+        ({"objective": "gedi", "replay_size": 10**10}, "--replay_size 10000000000: a head of these sizes"),
+    ],
+)
+def test_sizes_beyond_memory_are_one_line(folder, tmp_path, changes, said):
+    settings = {"head_impl": None, "out_dim": None} | changes
+    with pytest.raises(UserError) as caught:
+        steps_in_float64(0, words(folder, tmp_path, 16, 1, **settings))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_help_shows_every_objectives_flags_with_their_defaults(capsys):
     with pytest.raises(SystemExit):
         main_cplearn.get_args_parser().parse_args(["--help"])
