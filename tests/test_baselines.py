@@ -126,7 +126,7 @@ def test_flags_of_another_objective_are_refused(flags, said):
             "--out_dim 90000000 --proj_dim 1000000: a head",
         ),
         (
-            {"objective": "dino", "out_dim": 90_000_000, "proj_dim": 10**6},
+            {"objective": "dino", "out_dim": 90_000_000, "proj_dim": 10**4},
             "does not fit in memory",
         ),
         ({"objective": "vicreg", "hidden_dim": 9 * 10**18}, "--hidden_dim 9000000000000000000"),
