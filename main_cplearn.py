@@ -8,9 +8,11 @@ Two views of each image go through the backbone and the head; the head's frozen 
 embedding into a distribution p over codes; the loss asks the views of an image to agree and all images together to use
 all codes alike. No teacher, no stop-gradient, no centering. The equation is `cplearn_loss` in cplearn_head.py.
 
-The same command again goes on where the run was, bit for bit.
+The loop knows of a method what objective.py says, so that --objective trains the systems CPLearn is compared with, and
+--accum_steps M takes the batch in M parts. The same command again goes on where the run was, bit for bit.
 
-    B images per process, V views of each (G = 2 global crops, then local ones), D backbone width, N = B x processes
+    B images of a micro-batch, V views of each (G = 2 global crops, then local ones), M micro-batches of each process,
+    D backbone width, N = B x M x processes
 """
 
 import argparse
