@@ -1,14 +1,22 @@
-"""The benchmarks of the loss's forms and of the objectives: their tables, and what is done where a form cannot run."""
+"""The benchmarks of the loss's forms, the objectives and the step: tables, what cannot run, the parts of a step."""
 
 import json
 import math
 import re
 import sys
+from itertools import repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
+import main_cplearn
 from benchmarks import head, objectives
+from benchmarks import step as step_benchmark
 from main_cplearn import OBJECTIVES
 
 SMALL = ["--batch_size", "4", "--dim", "24", "--num_codes", "96", "192", "--repeats", "2"]
@@ -149,3 +157,101 @@ def test_the_peak_of_a_step_is_counted_and_what_was_there_is_not():
             self.append(torch.ones(15_000_000))
 
     assert 35 < objectives.peak_of_process(Step()) < 55
+
+
+# ---- the step and its parts ------------------------------------------------------------------------------------------
+
+SMALL_STEP = ["--arch", "vit_tiny", "--img_size", "32", "--batch_size_per_gpu", "4", "--out_dim", "64"]
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run before its first step, and one step's batches."""
+
+    def started(*words):
+        args = step_benchmark.get_parser().parse_args(["--", *SMALL_STEP, "--num_workers", "0", *words])
+        opened.append(step_benchmark.started(args, [], tmp_path))
+        return opened[0], next(opened[0].loader.steps(0))
+
+    opened = []
+    yield started
+    main_cplearn.close(opened[0])
+    dist.destroy_process_group()
+
+
+def test_the_step_has_a_table_and_each_form_one_of_its_parts(capsys, tmp_path):
+    words = ["--repeats", "1", "--forms", "plain", "triton", "--output", str(tmp_path / "step.json")]
+    words += ["--", *SMALL_STEP, "--num_workers", "1", "--accum_steps", "2"]
+    step_benchmark.main(step_benchmark.get_parser().parse_args(words))
+    said = capsys.readouterr().out
+    assert re.findall(r"^\| (\w+) \|(?: [\d.]+ \|){6}$", said, re.MULTILINE) == ["plain"]  # triton: on a GPU
+    result = json.loads((tmp_path / "step.json").read_text())["results"]["plain"]
+    table = said[said.index("plain: part") :].splitlines()[2:12]
+    assert [line.split(" | ")[0][2:] for line in table] == [*step_benchmark.PARTS, "step"]
+    assert result["step_ms"] > 0 and result["images_per_s"] > 0 and result["memory_mb"] > 0
+    assert result["parts"]["backward"]["wall_ms"] > result["parts"]["transfer"]["wall_ms"]
+
+
+def test_a_part_that_sleeps_is_longer_and_no_other(started, monkeypatch):
+    run, _ = started("--accum_steps", "2", "--objective", "dino")
+    now, calls = [0.0], dict.fromkeys(step_benchmark.PARTS, 0)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0] / 4)
+    monkeypatch.setattr(step_benchmark, "time", clock)
+
+    def sleep(part):
+        calls[part] += 1
+        now[0] += 2.0 ** step_benchmark.PARTS.index(part)
+
+    def put_to_sleep(part, owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: sleep(part) or function(*args, **kwargs))
+
+    objective = run.model.objective
+    put_to_sleep("data wait", run.loader, "note_bad_images")
+    put_to_sleep("transfer", step_benchmark, "transferred")
+    put_to_sleep("augmentation", data, "make_views")
+    put_to_sleep("teacher, samples", objective.teacher["backbone"], "forward")
+    put_to_sleep("backbone forward", run.model.backbone, "forward")
+    put_to_sleep("head and loss", objective.head, "forward")
+    run.model.backbone.norm.weight.register_hook(lambda grad: sleep("backward"))
+    put_to_sleep("clip and update", run.optimizer, "step")
+    put_to_sleep("rest", run.recorder, "record")
+    found = step_benchmark.timed_parts(run, run.loader.steps(0), 1)
+    for place, part in enumerate(step_benchmark.PARTS):
+        assert found[part] == {"wall_ms": 1e3 * calls[part] * 2**place, "cpu_ms": 250 * calls[part] * 2**place}
+    # two micro-batches, one of them augmented and passed through the backbone twice
+    assert list(calls.values()) == [2, 3, 3, 2, 3, 1, 2, 1, 1]
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == "aten" and not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("words", [[], ["--accum_steps", "2", "--precision", "fp32"]])
+def test_operations_of_the_parts_are_those_of_the_step(started, words):
+    run, batches = started(*words)
+    main_cplearn.train_one_step(run, batches, 1)  # the first one makes the optimizer's state
+    parts, _ = step_benchmark.profiled(run, repeat(batches))
+    total = sum(figures["operations"] for figures in parts.values())
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        main_cplearn.train_one_step(run, batches, 1)
+    assert total == pytest.approx(sum(map(step_benchmark.is_operation, profiler.events())), abs=0.1)
+    with Operations() as dispatched:
+        main_cplearn.train_one_step(run, batches, 1)
+    assert total == pytest.approx(dispatched.count, rel=0.01)
+    assert parts["data wait"]["operations"] == parts["transfer"]["operations"] == 0
+    assert all(
+        parts[part]["operations"] > 50 for part in ("augmentation", "backbone forward", "head and loss", "backward")
+    )
+
+
+def test_an_operation_is_neither_a_view_nor_made_of_others():
+    names = ["aten::linear", "aten::t", "aten::reshape", "aten::to", "addmm", "MulBackward0", "aten::no_such_thing"]
+    assert not any(map(step_benchmark.is_kernel, names))
+    assert all(
+        map(step_benchmark.is_kernel, ["aten::addmm", "aten::_to_copy", "aten::copy_", "aten::sum", "aten::add_"])
+    )
