@@ -145,7 +145,7 @@ def test_what_a_user_is_told(slurm, tmp_path, capsys):
         ("--out_dimm 5", "unrecognized arguments: --out_dimm 5"),
         ("--node 2", "unrecognized arguments: --node 2"),
         ("--lr fast", "fast"),
-        ("--teacher_temp 0.04", "there is no teacher"),
+        ("--teacher_temp 0.04", "--objective cplearn has no such flag; it belongs to dino"),
         ("--array lr 1e-4 fast", "fast"),
         ("--array learning 1 2", "--array learning 1 2: expected a flag of main_cplearn.py"),
         ("--array output_dir a b", "expected a flag of main_cplearn.py"),
