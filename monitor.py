@@ -10,6 +10,7 @@ import copy
 import errno
 import json
 import math
+import operator
 import os
 import resource
 import sys
@@ -206,8 +207,10 @@ class RunLog:
 
 
 def terms_of(line):
-    """Names of the loss's terms in a logged line; CPLearn's entropy is none."""
-    others = ("train_loss", "train_lr", "train_wd", "train_grad_norm", "train_entropy")
+    """Names of the loss's terms in a logged line; beside a prior, which a panel sets it against, entropy is none."""
+    others = {"train_loss", "train_lr", "train_wd", "train_grad_norm"} | (
+        {"train_entropy"} if "train_prior" in line else set()
+    )
     return [name for name in line if name.startswith("train_") and name not in others]
 
 
@@ -422,35 +425,47 @@ PANELS = {
 
 
 def panels_of(lines):
-    """PANELS; where the lines are another objective's, its loss and its terms in place of CPLearn's."""
-    last = lines[-1] if lines else {}
-    if ("train_prior" in last and "train_invariance" in last) or not last:
-        return PANELS
-    terms = {n.removeprefix("train_"): (lambda line, n=n: line[n]) for n in terms_of(last)}
-    own = {"loss": (None, {"loss": lambda line: line["train_loss"]}), "terms of the loss": (None, terms)}
-    return own | dict(list(PANELS.items())[2:])
+    """{title: (least, {label: points (step, value)})}: of PANELS, or of another objective's loss and terms in place of
+    CPLearn's, those that the lines have numbers for; all of them while there are no lines."""
+    last, panels = (lines[-1] if lines else {}), PANELS
+    if last and not last.keys() >= {"train_prior", "train_invariance"}:
+        terms = {name.removeprefix("train_"): operator.itemgetter(name) for name in terms_of(last)}
+        panels = {"loss": (None, {"loss": operator.itemgetter("train_loss")}), "terms of the loss": (None, terms)}
+        panels |= dict(list(PANELS.items())[2:])
+    found = {title: (least, points_of(curves, lines)) for title, (least, curves) in panels.items()}
+    return {title: panel for title, panel in found.items() if panel[1] or not lines}
+
+
+def points_of(curves, lines):
+    """{label: [(step, value), ...]} of the curves that have any."""
+    found = {
+        label: [(line["step"], value_or_none(value_of, line)) for line in lines] for label, value_of in curves.items()
+    }
+    found = {label: [point for point in points if point[1] is not None] for label, points in found.items()}
+    return {label: points for label, points in found.items() if points}
 
 
 def plot_log(log_path, figure_path):
     """Draw loss, terms, code usage and rank of a log.txt against the step."""
     plt = pyplot()
-    lines = [line for line in read_log(log_path) if line["kind"] == "step"]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), sharex=True)
-    for axis, (title, (least, curves)) in zip(axes.flat, panels_of(lines).items(), strict=True):
-        for label, value_of in curves.items():
-            points = [(line["step"], value) for line in lines if (value := value_or_none(value_of, line)) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
+    panels = panels_of([line for line in read_log(log_path) if line["kind"] == "step"])
+    rows = -(-len(panels) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(14, 3.5 * rows), sharex=True, squeeze=False)
+    for axis, (title, (least, curves)) in zip(axes.flat, panels.items(), strict=False):
+        for label, points in curves.items():
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
         axis.set_title(title)
-        axis.set_visible(axis.has_data() or not lines)  # an objective without codes has no codes to show
         if least == "log" and axis.has_data():
             axis.set_yscale("log")
         elif least is not None:
             axis.set_ylim(bottom=least)
-        if len(axis.get_lines()) > 1:
+        if any(label not in title for label in curves):
             axis.legend(fontsize=8, loc="best", frameon=True, framealpha=0.85, edgecolor="none")
-    for axis in axes[-1]:
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis in axes.flat[: len(panels)][-3:]:  # the lowest of each column
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     figure.savefig(figure_path)
     plt.close(figure)
 

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from monitor import (
+    PANELS,
     NonFiniteLoss,
     Recorder,
     RunLog,
     diagnose,
     drop_lines_after,
     feature_statistics,
+    panels_of,
     plot_log,
     plot_views,
     rankme,
@@ -157,3 +159,15 @@ def test_views_are_drawn_as_they_were_before_normalisation(tmp_path):
     zoom = 16
     first = drawn[:, 2 * zoom : 10 * zoom : zoom, 2 * zoom : 10 * zoom : zoom]
     torch.testing.assert_close(first, images[0], atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+def test_panels_are_those_that_an_objective_has_numbers_for():
+    common = {"kind": "step", "step": 50, "train_loss": 2.0, "train_lr": 0.1, "train_wd": 0.1, "train_grad_norm": 1.0}
+    common |= {"rankme": 3.0, "spread": 0.5}
+    vicreg = common | {"train_variance": 0.7, "train_covariance": math.nan}
+    dino = common | {"train_entropy": 1.0, "codes_used": 5, "perplexity": 4.0}
+    cplearn = dino | {"train_invariance": 1.0, "train_prior": 0.5, "num_codes": 8}
+    assert list(panels_of([vicreg]))[:3] == ["loss", "terms of the loss", "effective rank of the features (RankMe)"]
+    assert panels_of([vicreg])["terms of the loss"][1].keys() == {"variance", "covariance"}
+    assert panels_of([dino])["terms of the loss"][1] == {"entropy": [(50, 1.0)]} and len(panels_of([dino])) == 6
+    assert panels_of([cplearn]).keys() == PANELS.keys() == panels_of([]).keys()
