@@ -149,6 +149,10 @@ def test_a_run_goes_on_with_other_processes_and_micro_batches(folder, tmp_path):
     alone = launch(words(folder, tmp_path / "cut", 4, 2, 2, **settings), tmp_path)
     assert alone.wait() == [0], alone.output()
     assert "effective batch 4 x 4 x 1 = 16" in alone.output()
+    assert "note: to keep the run's 16 images per step, --batch_size_per_gpu 4 --accum_steps 2 became 4 and 4" in (
+        alone.output()
+    )
+    assert "note: to keep" not in whole.output()
     ours, theirs = (runs.logged(tmp_path / name) for name in ("cut", "whole"))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
