@@ -442,8 +442,10 @@ def describe(run, step):
         f"{warmup_steps(run)} steps; {args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not"
     )
     if (run.batch_size, run.accum_steps) != (args.batch_size_per_gpu, args.accum_steps):
-        say(f"note: to keep the run's {run.effective_batch} images per step, --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu} --accum_steps {args.accum_steps} became {run.batch_size} and {run.accum_steps}")  # fmt: skip
+        say(
+            f"note: to keep the run's {run.effective_batch} images per step, --batch_size_per_gpu "
+            f"{args.batch_size_per_gpu} --accum_steps {args.accum_steps} became {run.batch_size} and {run.accum_steps}"
+        )
     if warmup_steps(run) < round(args.warmup_epochs * run.loader.steps_per_epoch):
         say(f"note: --warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
     start = f"resuming at step {step}" if step else "starting"
