@@ -179,7 +179,7 @@ def find_earlier(args):
         )
     if path == own and not is_ours(state):
         raise UserError(
-            f"{path}: other code wrote it and this run would write over it; move it, and give --resume FILE"
+            f"{path}: not a checkpoint of this program, and it would be written over; move it, and give --resume FILE"
         )
     return state | {"path": path}
 

@@ -476,7 +476,7 @@ def test_dinos_checkpoint_in_the_way_is_not_written_over(folder, trained, tmp_pa
     path = tmp_path / "checkpoint.pth"
     torch.save(as_dinos(trained / "checkpoint0001.pth"), path)
     before = path.read_bytes()
-    with pytest.raises(UserError, match="other code wrote it and this run would write over it; move it"):
+    with pytest.raises(UserError, match="not a checkpoint of this program, and it would be written over"):
         main_cplearn.train(main_cplearn.get_args_parser().parse_args(words(folder, tmp_path, **VIT)))
     assert path.read_bytes() == before
 
