@@ -84,7 +84,7 @@ class Number:
         except ValueError:
             value = math.nan
         if not (
-            abs(value) < 2**63  # what a tensor's size can be; and no infinity, no nan
+            (abs(value) < 2**63 if self.kind is int else math.isfinite(value))  # no tensor is larger
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)

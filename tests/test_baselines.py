@@ -141,6 +141,10 @@ def test_sizes_beyond_memory_are_one_line(folder, tmp_path, changes, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_number_that_is_no_size_may_be_large():
+    assert main_cplearn.get_args_parser().parse_args(["--lr", "1e30"]).lr == 1e30
+
+
 def test_help_shows_every_objectives_flags_with_their_defaults(capsys):
     with pytest.raises(SystemExit):
         main_cplearn.get_args_parser().parse_args(["--help"])
