@@ -287,7 +287,9 @@ FREE_FLAGS = {
 
 def check_same_run(run, state):
     """Raises UserError naming what would make the resumed run another run than the checkpoint's."""
-    then, now = {"objective": "cplearn"} | state["args"], checkpoint_args(run.args)  # older files know no other
+    now = checkpoint_args(run.args)
+    # a flag that the file does not know came later, and its default is what the program did before
+    then = run.default_flags(state["args"].get("objective", "cplearn")) | state["args"]
     changed = [name for name in sorted(now.keys() - FREE_FLAGS) if then.get(name) != now[name]]
     changes = [f"--{name} {reprlib.repr(then.get(name))} -> {now[name]}" for name in changed]
     if state["effective_batch"] != run.effective_batch:

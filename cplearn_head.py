@@ -180,6 +180,14 @@ class CPLearnHead(nn.Module):
     # the dictionary travels as bits or as its seed, and with it what the logits depend on
 
     @classmethod
+    def from_args(cls, args, in_dim, course, shard=(0, 1)):
+        """The head of a run: resolved flags, D, a Course, and which shard of the codes is held here."""
+        sizes = in_dim, args.out_dim, args.proj_dim
+        return cls(
+            *sizes, args.activation, course.batch_size, args.seed, args.dictionary, args.codes_storage, shard=shard
+        )
+
+    @classmethod
     def from_state_dict(cls, in_dim, state, activation):
         """A head for a state dict, of the sizes and with the dictionary that it tells; the weights are not loaded."""
         num_codes, kind = int(state["scale"][2]), list(DICTIONARIES)[int(state["seed"][0])]

@@ -53,7 +53,7 @@ from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
 from images import ArrayImages, FolderImages, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
-from objective import Course, add_objective_arguments, resolve_objective
+from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
 from pretrained import OBJECTIVES, load_backbone
 from utils import (
     PRECISIONS,
@@ -81,7 +81,6 @@ from utils import (
 )
 from watch import Watch
 
-NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP: save, then end by the signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
 
@@ -218,6 +217,10 @@ class Run:
     def effective_batch(self):
         """Images per step, over all micro-batches and processes."""
         return self.batch_size * self.accum_steps * world_size()
+
+    def default_flags(self, objective):
+        """{flag: value} of a command that gives no other flag."""
+        return vars(get_args_parser().parse_args(["--objective", objective]))
 
     @property
     def may_overflow(self):
@@ -554,17 +557,8 @@ def fitting_in_memory(args):
 
 
 def build_cplearn(args, backbone, course):
-    head = CPLearnHead(
-        backbone.embed_dim,
-        args.out_dim,
-        args.proj_dim,
-        args.activation,
-        course.batch_size,
-        args.seed,
-        args.dictionary,
-        args.codes_storage,
-        shard=(rank(), world_size()) if args.shard_codes else (0, 1),
-    )
+    shard = (rank(), world_size()) if args.shard_codes else (0, 1)
+    head = CPLearnHead.from_args(args, backbone.embed_dim, course, shard)
     num_logits = course.batch_size * course.accum_steps * args.out_dim
     loss_function = choose_loss(
         args.head_impl, course.device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from monitor import within_code_variance
-from utils import UserError, all_gather_rows
+from utils import UserError, all_gather_rows, all_reduce_mean
 
+NUM_GLOBAL = 2  # global crops, as in DINO and the paper
 WINDOW = (2**12, 2**20)  # codes in use are counted over the last K images, but at least and at most over so many
 
 
@@ -156,7 +157,7 @@ class CodesObjective(Objective):
     @torch.no_grad()
     def remember_logits(self, logits):
         """`remember` for objectives whose logits (M B, K) of the first view are at hand, with their temperature."""
-        self.remember(all_gather_rows(logits.argmax(dim=1)), all_gather_rows(logits.softmax(1).mean(0)[None]).mean(0))
+        self.remember(all_gather_rows(logits.argmax(dim=1)), all_reduce_mean(logits.softmax(dim=1).mean(dim=0)))
 
     @torch.no_grad()
     def statistics(self, features, averages):
@@ -192,9 +193,8 @@ def add_objective_arguments(parser, objectives):
     group.add_argument("--objective", choices=list(objectives), default="cplearn", help="whose head and loss")
     for name, objective in objectives.items():
         objective.add_arguments(parser)
-        group_of(
-            parser, f"--objective {name}"
-        ).description = f"reads {', '.join(f'--{flag}' for flag in objective.flags)}"
+        own = ", ".join(f"--{flag}" for flag in objective.flags)
+        group_of(parser, f"--objective {name}").description = f"reads {own}"
     for action in parser._actions:
         defaults = {name: objective.flags[action.dest] for name, objective in objectives.items()
                     if action.dest in objective.flags}  # fmt: skip

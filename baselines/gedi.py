@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from baselines.joint import check_views, joint_mean, ordered_pairs
 from baselines.projector import Projector
 from cplearn_head import PRIORS, prior_loss
-from objective import CodesObjective, features_of_views
+from objective import NUM_GLOBAL, CodesObjective, features_of_views
 from utils import Number, UserError, all_gather_rows, boolean, not_negative, positive, rank, world_size
 
-NUM_GLOBAL = 2
 NOISE_STD = 0.03  # of the noise on real images in [-1, 1], JEM's
 LARGEST_IMAGE = 64  # px: larger ones are not sampled in a few steps
 

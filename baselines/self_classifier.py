@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from baselines.joint import check_views, joint_logsumexp, joint_mean, num_joint_rows
 from baselines.projector import Projector
 from cplearn_head import CPLearn, CPLearnHead
-from objective import CodesObjective
+from objective import NUM_GLOBAL, CodesObjective
 from utils import Number, UserError, all_gather_rows, not_negative, positive, world_size
 
-NUM_GLOBAL = 2
 HEADS = ("mlp", "frozen_codes")
 CODES_SCALE = 0.1  # scores of CPLearn's head are 0.1 of its logits: softmax(scores / 0.1) is CPLearn's p
 
@@ -201,7 +200,7 @@ class SelfClassifier(CodesObjective):
                 f"--nn_queue {args.nn_queue}: an epoch has {images} images, so that most would find their own past as "
                 f"their neighbour; expected at most {images}, better a fifth of them"
             )
-        build = build_head if args.head == "mlp" else build_frozen_codes
+        build = build_head if args.head == "mlp" else CPLearnHead.from_args
         return cls(build(args, backbone.embed_dim, course), args.row_temp, args.col_temp, args.nn_queue)
 
     @classmethod
@@ -303,16 +302,3 @@ class SelfClassifier(CodesObjective):
 
 def build_head(args, in_dim, course):
     return SelfClassifierHead(in_dim, args.out_dim, args.proj_dim or 128, args.hidden_dim, args.more_classes or ())
-
-
-def build_frozen_codes(args, in_dim, course):
-    return CPLearnHead(
-        in_dim,
-        args.out_dim,
-        args.proj_dim,
-        args.activation,
-        course.batch_size,
-        args.seed,
-        args.dictionary,
-        args.codes_storage,
-    )

@@ -15,10 +15,8 @@ from torch.nn import functional as F
 
 from baselines.joint import check_views, joint_logsumexp, ordered_pairs
 from baselines.projector import Projector
-from objective import CodesObjective
+from objective import NUM_GLOBAL, CodesObjective
 from utils import all_gather_rows, not_negative, positive
-
-NUM_GLOBAL = 2
 
 
 def swav_loss(

@@ -25,6 +25,7 @@ from PIL import Image
 import main_cplearn
 from checkpoint import load_checkpoint
 from monitor import read_log
+from pretrained import load_pretrained
 
 ROOT = Path(main_cplearn.__file__).resolve().parent
 NUM_IMAGES, BATCH, STEPS = 96, 8, 48  # a small run: 4 epochs of 12 steps, about 2 s
@@ -209,3 +210,16 @@ def assert_same_run(folder, undisturbed, rank_lost=False):
     without = SPEED + (AVERAGES if rank_lost else ())
     assert logged(folder, without) == logged(undisturbed, without)
     assert not list(Path(folder).glob(".*.tmp"))
+
+
+def assert_a_checkpoints_head_is_rebuilt(where, *words, **changes):
+    """A run of an objective with codes: its head comes out of the checkpoint as it went in, and assigns codes."""
+    given = [*flags(write_pictures(where / "pictures", 16), where / "run", **changes), *words]
+    main_cplearn.train(main_cplearn.get_args_parser().parse_args(given))
+    state = load_checkpoint(where / "run" / "checkpoint.pth")
+    model = load_pretrained(where / "run" / "checkpoint.pth")
+    assert model.head.state_dict()
+    for name, value in model.head.state_dict().items():
+        assert torch.equal(value, state["student"]["head." + name])
+    features = torch.randn(9, model.embed_dim)
+    assert model.head.num_codes == 64 and model.assign_features(features).shape == (9,)

@@ -171,6 +171,21 @@ def test_a_run_cannot_go_on_under_another_objective(folder, tmp_path):
                 main_cplearn.train(args)
 
 
+def test_a_flag_that_came_later_has_its_default_in_older_checkpoints(folder, tmp_path):
+    settings = sized({"objective": "self_classifier"}, max_steps=2)
+    parse = main_cplearn.get_args_parser().parse_args
+    given = list(map(str, words(folder, tmp_path, 16, 1, **settings)))
+    main_cplearn.train(parse(given))
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    del state["args"]["nn_queue"]
+    runs.torch.save(state, tmp_path / "checkpoint.pth")
+    assert main_cplearn.train(parse(given)) == 2
+    del state["args"]["out_dim"]  # its default is not what this command gives
+    runs.torch.save(state, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="--out_dim 1000 -> 32"):
+        main_cplearn.train(parse(given))
+
+
 def test_older_checkpoints_are_cplearns(folder, tmp_path):
     """They name no objective, no micro-batches and no other system's flags."""
     args = main_cplearn.get_args_parser().parse_args(list(map(str, runs.flags(folder, tmp_path, max_steps=2))))

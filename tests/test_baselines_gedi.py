@@ -10,14 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import main_cplearn
 from baselines.gedi import GEDI, GEDIHead, GEDINoGen, Sampling, evaluating, gedi_no_gen_loss, sgld
-from checkpoint import load_checkpoint
 from cplearn_head import cplearn_loss
 from joint_steps import assert_near, over_processes, steps_in_float64
 from objective import Course
-from pretrained import load_pretrained
-from runs import flags, write_pictures
+from runs import assert_a_checkpoints_head_is_rebuilt, flags, write_pictures
 from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 B, D, K, VIEWS = 6, 10, 24, 3
@@ -355,12 +352,4 @@ def test_a_few_steps_keep_the_sampler_in_bounds():
 
 @pytest.mark.parametrize("objective", ["gedi_no_gen", "gedi"])
 def test_a_checkpoints_head_names_the_same_codes(tmp_path, objective):
-    folder = write_pictures(tmp_path / "pictures", 16)
-    words = flags(folder, tmp_path / "run", objective=objective, max_steps=1, hidden_dim=32, hidden_layers=2)
-    main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    model = load_pretrained(tmp_path / "run" / "checkpoint.pth")
-    for name, value in model.head.state_dict().items():
-        assert torch.equal(value, state["student"]["head." + name])
-    features = torch.randn(9, model.embed_dim)
-    assert model.head.num_codes == 64 and model.assign_features(features).shape == (9,)
+    assert_a_checkpoints_head_is_rebuilt(tmp_path, objective=objective, max_steps=1, hidden_dim=32, hidden_layers=2)

@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import main_cplearn
 from baselines.self_classifier import SelfClassifier, SelfClassifierHead, nearest_neighbours, self_classifier_loss
-from checkpoint import load_checkpoint
 from objective import Course
-from pretrained import load_pretrained
-from runs import flags, write_pictures
+from runs import assert_a_checkpoints_head_is_rebuilt
 from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
 
 N, D, P, K, VIEWS = 12, 10, 8, 24, 4
@@ -331,13 +328,5 @@ def test_statistics_and_description(form):
 
 @pytest.mark.parametrize("changes", [{"hidden_dim": 32}, {"hidden_dim": 32, "nn_queue": 16}, {"head": "frozen_codes"}])
 def test_a_checkpoints_head_names_the_same_codes(tmp_path, changes):
-    folder = write_pictures(tmp_path / "pictures", 16)
-    words = flags(folder, tmp_path / "run", objective="self_classifier", max_steps=2, **changes)
-    words += ["--more_classes", "30", "7"] if "nn_queue" in changes else []
-    main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    model = load_pretrained(tmp_path / "run" / "checkpoint.pth")
-    for name, value in model.head.state_dict().items():
-        assert torch.equal(value, state["student"]["head." + name])
-    features = torch.randn(9, model.embed_dim)
-    assert model.head.num_codes == 64 and model.assign_features(features).shape == (9,)
+    more = ["--more_classes", "30", "7"] if "nn_queue" in changes else []
+    assert_a_checkpoints_head_is_rebuilt(tmp_path, *more, objective="self_classifier", max_steps=2, **changes)

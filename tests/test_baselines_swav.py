@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import main_cplearn
 from baselines.swav import SwAV, SwAVHead, sinkhorn, swav_loss
-from checkpoint import load_checkpoint
 from objective import Course
-from pretrained import load_pretrained
-from runs import flags, write_pictures
+from runs import assert_a_checkpoints_head_is_rebuilt
 from utils import all_gather_rows, all_reduce_mean, rank, world_size
 
 N, D, P, K, VIEWS = 12, 10, 8, 24, 4
@@ -243,12 +240,4 @@ def test_statistics_and_description():
 
 
 def test_a_checkpoints_head_names_the_same_codes(tmp_path):
-    folder = write_pictures(tmp_path / "pictures", 16)
-    words = flags(folder, tmp_path / "run", objective="swav", max_steps=1, hidden_dim=32, queue_length=40)
-    main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    model = load_pretrained(tmp_path / "run" / "checkpoint.pth")
-    for name, value in model.head.state_dict().items():
-        assert torch.equal(value, state["student"]["head." + name])
-    features = torch.randn(9, model.embed_dim)
-    assert model.head.num_codes == 64 and model.assign_features(features).shape == (9,)
+    assert_a_checkpoints_head_is_rebuilt(tmp_path, objective="swav", max_steps=1, hidden_dim=32, queue_length=40)
