@@ -45,11 +45,6 @@ def joint_rows(x):
     return (all_reduce_mean(shares) * world_size()).flatten(-3, -2)
 
 
-def joint_sum(x):
-    """Sum over the joint rows, without gradient: (..., n, d) -> (..., 1, d)."""
-    return all_gather_rows(x.sum(dim=-2, keepdim=True)[None]).sum(dim=0)
-
-
 def check_views(views, num_global=1):
     """Raises ValueError unless there are at least two views, of one shape (n, d), and `num_global` of them."""
     shapes = [tuple(view.shape) for view in views]
