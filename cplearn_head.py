@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from batch_norm import SyncBatchNorm
 from dictionary import (  # noqa: F401 (some are imported from here)
     STORAGES,
     Dictionary,
@@ -25,7 +26,6 @@ from dictionary import (  # noqa: F401 (some are imported from here)
 from objective import CodesObjective
 from utils import (
     Number,
-    SyncBatchNorm,
     UserError,
     all_gather_rows,
     all_reduce_mean,

@@ -34,6 +34,7 @@ import augmentation
 import data
 from accumulation import FirstHalf, backward_of_joint_batch, refuse_batch_norm, wrap
 from backbones import add_backbone_arguments, check_crop_sizes, new_backbone
+from batch_norm import convert_sync_batchnorm
 from checkpoint import (
     buffers_before_step,
     checkpoint_path,
@@ -66,7 +67,6 @@ from utils import (
     choose_precision,
     command_line,
     commit,
-    convert_sync_batchnorm,
     cosine_schedule,
     init_distributed,
     is_lost_peer,

@@ -1,5 +1,5 @@
 """What several scripts share and what stays the same with another method, backbone or data set:
-errors and flags, the process group, collectives, batch norm over processes, seeds, schedules, precision."""
+errors and flags, the process group, collectives, seeds, schedules, precision."""
 
 import argparse
 import contextlib
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 UNFINISHED = 75  # exit code: no fault of this program's, start it again (EX_TEMPFAIL of sysexits.h)
@@ -469,58 +468,6 @@ def all_gather_rows(x):
     # into views of one tensor: all_gather_into_tensor is deprecated from torch 2.14 on, its successor newer than 2.11
     dist.all_gather(list(rows.unbind()), x.detach().contiguous())
     return rows.flatten(0, 1)
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the joined batch of all processes, on any device and for any (B, C, ...) input.
-
-    On CUDA the forward pass is torch.nn.SyncBatchNorm's, whose kernels are fused. That class refuses CPU tensors, and
-    DistributedDataParallel every subclass of it on a CPU: there `_normalise` is the same in plain operations.
-    Equal batch sizes on all processes are assumed (loaders drop the last short batch).
-    Parameter and buffer names are torch's.
-    """
-
-    process_group = None  # torch's forward pass reads it: all processes
-    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
-
-    def _check_input_dim(self, x):
-        if x.dim() < 2:
-            raise ValueError(f"expected (B, C, ...), got shape {tuple(x.shape)}")
-
-    def forward(self, x):
-        if x.is_cuda:
-            x = nn.SyncBatchNorm.forward(self, x)
-        else:
-            x = self._normalise(x) if self.training and world_size() > 1 else super().forward(x)
-        # timm's BatchNormAct2d carries what follows the norm
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
-
-    def _normalise(self, x):
-        dims = [0, *range(2, x.dim())]
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        wide = x.to(self.running_mean.dtype)  # statistics in float32 under autocast
-        mean = all_reduce_mean(wide.mean(dims))
-        centered = wide - mean.view(shape)
-        variance = all_reduce_mean(centered.square().mean(dims))
-        self._update_running_statistics(mean.detach(), variance.detach(), wide.numel() // wide.shape[1] * world_size())
-        normalised = centered * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(x.dtype)
-
-    @torch.no_grad()
-    def _update_running_statistics(self, mean, variance, count):
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # torch keeps the unbiased variance
-
-
-def convert_sync_batchnorm(module):
-    """Make every batch norm in `module` a SyncBatchNorm, in place, parameters and buffers kept; returns the module."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.__class__ = SyncBatchNorm
-    return module
 
 
 class Agreement:

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from baselines import dino_files
 from baselines.joint import joint_mean, ordered_pairs
+from batch_norm import SyncBatchNorm
 from objective import CodesObjective, features_of_views
-from utils import Number, SyncBatchNorm, boolean, cosine_schedule, not_negative, positive
+from utils import Number, boolean, cosine_schedule, not_negative, positive
 
 STUDENT_TEMP, CENTER_MOMENTUM = 0.1, 0.9  # of the paper, as in its code no flags
 LAST_LAYER = ("last_layer.weight_g", "last_layer.weight_v")

@@ -5,8 +5,8 @@ import itertools
 import torch
 from torch import nn
 
+from batch_norm import SyncBatchNorm
 from objective import Objective
-from utils import SyncBatchNorm
 
 NORMS = ("view", "resolution", "all")
 

@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import accumulation
 import main_cplearn
 import monitor
-from accumulation import FirstHalf
 from backbones import build_backbone
 from checkpoint import load_checkpoint
-from cplearn_head import CPLearn, CPLearnHead
-from fused_loss import choose_loss
+from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from runs import assert_same_checkpoint, logged, write_pictures
@@ -657,59 +653,6 @@ def test_an_infinite_gradient_of_a_finite_loss_changes_nothing(folder, tmp_path,
             main_cplearn.update_weights(current, 0)
     for (name, p), q in zip(built.model.named_parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(p, q), name
-
-
-# ---- on a GPU, without one: fake tensors know their device and have no data ------------------------------------------
-
-
-class Crossings(TorchDispatchMode):
-    """Notes the operations that take something on a GPU and give something on the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if "cuda" in devices((args, kwargs)) and "cpu" in devices(result):
-            self.found.append(str(func))
-        return result
-
-
-def devices(tree):
-    return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
-
-
-def put_on_fake_gpu(model, mode):
-    def fake(tensor):
-        with mode:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            module._parameters[name] = None if p is None else torch.nn.Parameter(fake(p), p.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else fake(buffer)
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-@pytest.mark.parametrize("head_impl", ["dense", "tiled"])
-def test_nothing_of_a_forward_pass_comes_back_to_the_host(head_impl):
-    loss_function = choose_loss(head_impl, torch.device("cuda"), 8 * 2048)
-    objective = CPLearn(CPLearnHead(192, 2048), loss_function=loss_function)
-    model, mode = main_cplearn.Model(build_backbone("vit_tiny", 32, 16, 3), objective), FakeTensorMode()
-    first_half = FirstHalf(model.backbone, objective, "fp32")
-    put_on_fake_gpu(model, mode)
-    with mode, torch.no_grad():
-        views = [torch.empty(8, 3, size, size, device="cuda") for size in (32, 32, 16)]
-        with Crossings() as crossings:
-            rows = first_half(views)
-            loss, terms = objective(rows)  # an operation sized by data would raise
-            objective.statistics(rows[0], dict.fromkeys(["loss", *terms], 1.0))
-        assert crossings.found == [] and devices([loss, terms, rows]) == {"cuda"}
-        with Crossings() as crossings:
-            loss.cpu()
-        assert len(crossings.found) == 1  # the counter counts
 
 
 def test_a_checkpoint_of_another_version_is_said(folder, tmp_path, capsys):

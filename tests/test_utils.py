@@ -1,4 +1,4 @@
-"""Batch norm against torch's on the joined batch, checkpoints that survive, files that are refused."""
+"""Processes and what they agree on, devices, errors, seeds and schedules."""
 
 import contextlib
 import os
@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import utils
+from test_batch_norm import network
 from utils import (
     UNFINISHED,
     Agreement,
@@ -25,12 +23,10 @@ from utils import (
     TryAgain,
     UserError,
     all_gather_rows,
-    all_reduce_mean,
     boolean,
     choose_device,
     choose_precision,
     command_line,
-    convert_sync_batchnorm,
     init_distributed,
     is_lost_peer,
     is_restart,
@@ -41,45 +37,6 @@ from utils import (
 )
 
 ROOT = Path(utils.__file__).parent
-
-
-def network():
-    torch.manual_seed(0)
-    layers = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5), nn.BatchNorm1d(5)
-    )
-    layers(torch.randn(4, 3, 6, 6))
-    return layers.double()
-
-
-def loss_of(outputs):
-    return (outputs * torch.arange(5)).sin().mean()
-
-
-def train_on_a_share(rank, images):
-    model = convert_sync_batchnorm(network())
-    outputs = model(torch.from_numpy(images)[rank * 6 : rank * 6 + 6])
-    all_reduce_mean(loss_of(outputs)).backward()
-    for parameter in model.parameters():  # what DDP does; the loss above is the global one on every rank
-        parameter.grad = all_reduce_mean(parameter.grad)
-    model.eval()
-    after = model(torch.from_numpy(images))
-    return outputs.detach().numpy(), after.detach().numpy(), [p.grad.numpy() for p in model.parameters()]
-
-
-def test_sync_batchnorm_is_torchs_batchnorm_on_the_joined_batch(run_in_processes):
-    images = np.random.default_rng(0).normal(size=(12, 3, 6, 6))
-    reference = network()
-    outputs = reference(torch.from_numpy(images))
-    loss_of(outputs).backward()
-    reference.eval()
-    after = reference(torch.from_numpy(images)).detach().numpy()  # running statistics
-    shares = run_in_processes(train_on_a_share, images)
-    np.testing.assert_allclose(np.concatenate([s[0] for s in shares]), outputs.detach().numpy(), rtol=1e-12, atol=1e-12)
-    for _, after_share, grads in shares:
-        np.testing.assert_allclose(after_share, after, rtol=1e-12, atol=1e-12)
-        for got, parameter in zip(grads, reference.parameters(), strict=True):
-            np.testing.assert_allclose(got, parameter.grad.numpy(), rtol=1e-10, atol=1e-13)
 
 
 def gather_and_agree(rank):
@@ -93,29 +50,6 @@ def test_gather_and_agreement(run_in_processes):
     for rows, answers in run_in_processes(gather_and_agree):
         assert rows == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
         assert answers == [0, 0, 2, 0, 1]  # one call later, the largest choice of all
-
-
-def test_conversion_keeps_names_types_and_timms_activation():
-    reference, converted = network(), convert_sync_batchnorm(network())
-    assert reference.state_dict().keys() == converted.state_dict().keys()
-    assert converted[1].weight.dtype == torch.float64
-    timms = BatchNormAct2d(3, act_layer=nn.SiLU)
-    images = torch.randn(2, 3, 4, 4)
-    expected = timms(images)
-    torch.testing.assert_close(convert_sync_batchnorm(nn.Sequential(timms))(images), expected)
-
-
-def test_batch_norm_is_torchs_own_on_a_gpu_and_ours_on_a_cpu(monkeypatch):
-    called = []
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: called.append("torch") or x)
-    monkeypatch.setattr(utils.SyncBatchNorm, "_normalise", lambda self, x: called.append("by hand") or x)
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
-    norm = convert_sync_batchnorm(nn.BatchNorm2d(3))
-    with FakeTensorMode():
-        for device in ("cuda", "cpu"):
-            norm(torch.empty(2, 3, 4, 4, device=device))
-    assert called == ["torch", "by hand"]
-    assert {name for name in dir(nn.SyncBatchNorm) if name.startswith("_check")} <= set(dir(norm))
 
 
 def test_parameter_groups_cover_everything_once():

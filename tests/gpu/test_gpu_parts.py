@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import utils
+import batch_norm
 from cplearn_head import code_temperature, cplearn_loss
 from dictionary import STORAGES, Dictionary, HadamardDictionary
 from fused_loss import fused_cplearn_loss
@@ -78,8 +78,8 @@ def batch_norms(rank, device):
     process's half of a batch."""
     x = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0)).to(device) * 3 + 1
     mine = slice(6 * rank, 6 * rank + 6)
-    ours = utils.convert_sync_batchnorm(nn.BatchNorm2d(5).to(device))
-    by_hand = utils.convert_sync_batchnorm(nn.BatchNorm2d(5).to(device))
+    ours = batch_norm.convert_sync_batchnorm(nn.BatchNorm2d(5).to(device))
+    by_hand = batch_norm.convert_sync_batchnorm(nn.BatchNorm2d(5).to(device))
     by_hand.forward = by_hand._normalise
     found = passes(ours, x[mine]), passes(by_hand, x[mine])
     if device == "cpu":
