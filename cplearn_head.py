@@ -58,8 +58,9 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
     views: list of V tensors (B, F), float32 or float64, global crops first.
     codes: (F, K) of -1 and +1, any dtype, or a Dictionary of all codes.
     reduce_mean: maps this process's mean (K,) to the mean over all processes, differentiably; None: this process alone.
-    Returns (loss, {"invariance", "prior", "entropy"}): scalars in nats, the terms unweighted; entropy is the mean of
-        H(p_a) over images and a < G, without gradient: invariance - entropy is how much the views disagree.
+    Returns (loss, {"invariance", "prior", "entropy", "assignments"}): scalars in nats, the terms unweighted; entropy is
+        the mean of H(p_a) over images and a < G, without gradient: invariance - entropy is how much the views disagree.
+        assignments: the likeliest code of each image by its first view, (B,) int64.
     Raises ValueError for shapes that do not fit, fewer than two views, or an unknown prior.
     Source: Eq. 2 and Appendix N of arXiv 2410.04959, made symmetric over views as the authors' code is.
     """
@@ -75,7 +76,8 @@ def cplearn_loss(views, codes, tau, beta=0.25, prior="kl", num_global=2, reduce_
     prior_term = sum(prior_loss(mean, prior) for mean in means) / len(means)
     with torch.no_grad():
         entropy = sum(-(p * log_p).sum(dim=1).mean() for p, log_p in zip(probs, log_probs, strict=False)) / len(probs)
-    return beta * invariance + prior_term, {"invariance": invariance, "prior": prior_term, "entropy": entropy}
+        terms = {"entropy": entropy, "assignments": log_probs[0].argmax(dim=1)}
+    return beta * invariance + prior_term, {"invariance": invariance, "prior": prior_term, **terms}
 
 
 def prior_loss(mean_probs, prior, num_codes=None):

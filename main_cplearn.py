@@ -559,9 +559,9 @@ def fitting_in_memory(args):
 def build_cplearn(args, backbone, course):
     shard = (rank(), world_size()) if args.shard_codes else (0, 1)
     head = CPLearnHead.from_args(args, backbone.embed_dim, course, shard)
-    num_logits = course.batch_size * course.accum_steps * args.out_dim
+    sizes = course.batch_size * course.accum_steps, args.out_dim
     loss_function = choose_loss(
-        args.head_impl, course.device, num_logits, args.precision == "bf16", args.dictionary, args.shard_codes
+        args.head_impl, course.device, *sizes, args.precision == "bf16", args.dictionary, args.shard_codes
     )
     return CPLearn(
         head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function, batch_size=course.batch_size

@@ -239,17 +239,21 @@ def merge_over_processes(top, total, centers, best):
     return highest, total, centers, None if best is None else highest_over_processes(top, best)
 
 
-def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademacher", sharded=False):
+def choose_loss(head_impl, device, num_images, num_codes, bf16=False, dictionary="rademacher", sharded=False):
     """The form of the loss that runs: a function with `cplearn_loss`'s arguments, which `describe_loss` names.
 
     head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
-    million logits or more, which saves memory and, but for float32 near that size, time (benchmarks/README.md); else
-    dense. The Triton kernels were never run on a GPU: they are taken only when asked for.
+    million logits or more, which saves memory and, but for float32 near that size, time, or in bf16 from 16384 codes
+    on, of which dense would make float32 numbers in each step (benchmarks/README.md); else dense. The Triton kernels
+    were never run on a GPU: they are taken only when asked for.
+    num_images: in the joint batch of this process.
     bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
     Raises UserError for a form that cannot run here.
     """
+    compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
     if head_impl == "auto":
-        head_impl = "tiled" if sharded or (device.type == "cpu" and num_logits >= 2**20) else "dense"
+        many = num_images * num_codes >= 2**20 or (compute_dtype == torch.bfloat16 and num_codes >= 2**14)
+        head_impl = "tiled" if sharded or (device.type == "cpu" and many) else "dense"
     if head_impl == "dense" and sharded:
         raise UserError("--head_impl dense: --shard_codes needs tiled or triton")
     if head_impl == "triton" and (device.type != "cuda" or dictionary != "rademacher"):
@@ -257,5 +261,4 @@ def choose_loss(head_impl, device, num_logits, bf16=False, dictionary="rademache
                         "it needs a GPU and rademacher, use tiled")  # fmt: skip
     if head_impl == "dense":
         return cplearn_loss
-    compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
     return partial(fused_cplearn_loss, impl=head_impl, compute_dtype=compute_dtype)

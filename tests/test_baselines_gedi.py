@@ -42,7 +42,7 @@ def test_the_papers_form_is_cplearns_loss_on_these_logits(prior, num_views):
     loss, terms = gedi_no_gen_loss(logits, 0.4, prior)
     expected, expected_terms = cplearn_loss(logits, torch.eye(24, dtype=F64), 1.0, 0.4, prior)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    for name in expected_terms:
+    for name in terms:
         torch.testing.assert_close(terms[name], expected_terms[name], rtol=1e-12, atol=0)
     for got, want in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-15)
