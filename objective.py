@@ -178,9 +178,12 @@ class CodesObjective(Objective):
 
 
 def features_of_views(backbone, views):
-    """V x (B, C, h, w) -> V x (B, D), in one pass per resolution; crops of one size stand together."""
+    """V x (B, C, h, w) -> V x (B, D). Crops of one size stand together; one pass per size, or one for all where the
+    backbone says that it `joins_sizes`."""
     sizes = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape[-2:])]
-    return [features for group in sizes for features in backbone(torch.cat(group)).chunk(len(group))]
+    images = [torch.cat(group) for group in sizes]
+    passes = [images] if len(sizes) > 1 and getattr(backbone, "joins_sizes", False) else images
+    return list(torch.cat([backbone(each) for each in passes]).split([len(view) for view in views]))
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import vision_transformer
+from objective import features_of_views
 from vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 
 BUILDERS = {"tiny": vit_tiny, "small": vit_small, "base": vit_base}
@@ -144,3 +145,71 @@ def test_images_that_do_not_fit_are_refused(small_vit):
             method(images(32, channels=1))
     with pytest.raises(ValueError, match="img_size 100 is not a multiple of patch_size 16"):
         vit_tiny(img_size=100)
+
+
+PARTS = {
+    "plain": {},
+    "released": {"init_values": 0.5, "reg_tokens": 4, "no_embed_class": True, "global_pool": "avg"},
+    "checkpointing": {"grad_checkpointing": True},
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_one_pass_for_all_sizes_equals_one_per_size(parts, dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = VisionTransformer(patch_size=8, img_size=32, embed_dim=48, depth=3, num_heads=3, **parts).to(dtype)
+    views = [images(size, batch=3).to(dtype) * (1 + 0.1 * i) for i, size in enumerate(2 * [32] + 8 * [16])]
+    weights, results = [i % 3 + 1 for i in range(10)], []
+    calls = []
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    for joins in (False, True):
+        monkeypatch.setattr(VisionTransformer, "joins_sizes", joins)
+        model.zero_grad()
+        features = features_of_views(model, views)
+        sum(weight * each.square().mean() for weight, each in zip(weights, features, strict=True)).backward()
+        results.append((features, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert [isinstance(call, list) for call in calls] == [False, False, True]
+    assert [each.shape for each in results[0][0]] == 10 * [(3, 48)]
+    torch.testing.assert_close(results[1], results[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for view, found in zip(views, results[1][0], strict=True):  # each by itself: the order of the views
+        torch.testing.assert_close(found, model(view), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@torch.no_grad()
+def test_joined_sizes_give_timm_s_features():
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval().double()
+    for parameter in theirs.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    ours = vit_tiny().double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    sizes = [images(size, batch=batch).double() for size, batch in ((96, 2), (32, 3), (48, 1))]
+    torch.testing.assert_close(ours(sizes), torch.cat([theirs(each) for each in sizes]), rtol=1e-10, atol=1e-10)
+
+
+def test_sizes_are_joined_off_the_cpu_only():
+    model = VisionTransformer(patch_size=8, img_size=16, depth=1)
+    assert not model.joins_sizes
+    calls = []
+    model = model.to("meta")  # moved after it was built
+    model.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
+    features = features_of_views(model, [images(size).to("meta") for size in (32, 32, 16)])
+    assert [each.shape for each in features] == 3 * [(2, 384)]
+    assert len(calls) == 1
+    features_of_views(model, [images(32).to("meta")])
+    assert isinstance(calls[1], torch.Tensor)  # one size needs no list
+
+
+def test_other_backbones_get_one_pass_per_size():
+    calls = []
+
+    def backbone(x):
+        calls.append(x)
+        return x.mean(dim=(2, 3))
+
+    views = [images(size) for size in (32, 32, 16)]
+    features = features_of_views(backbone, views)
+    assert [call.shape for call in calls] == [(4, 3, 32, 32), (2, 3, 16, 16)]
+    torch.testing.assert_close(features, [view.mean(dim=(2, 3)) for view in views])
