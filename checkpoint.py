@@ -1,9 +1,10 @@
 """What of a run is on disk: what a checkpoint holds, how it is written, and how a run goes on from it.
 
-    save(run, step)                      checkpoint.pth, whole or not at all, from rank 0
+    save(run, step)                      checkpoint.pth, whole or not at all, from rank 0, while training goes on
     keep_copy(run, step)                 checkpoint0020.pth, ...
     find_earlier(args), resume(run)      the checkpoint to go on from; what must be the same then, is compared
     save_last_whole_step(run)            the last resort of a run that is stuck
+    losing_nothing(run)                  around the steps: a checkpoint that is being written outlives what ends the run
 
 `run` is main_cplearn's Run. A run that goes on is the undisturbed run, bit for bit on a CPU: order, augmentation and
 noise are functions of the step, so that the state at a step's end is all there is.
@@ -33,11 +34,13 @@ from utils import (
     RunFailed,
     UserError,
     commit,
+    is_lost_peer,
     is_restart,
     on_rank_zero,
     rank,
     world_size,
 )
+from watch import GRACE_S
 
 FORMAT = "cplearn 2"
 
@@ -47,23 +50,56 @@ def checkpoint_path(args):
 
 
 def save(run, step, stopping=False):
-    """Write checkpoint.pth from rank 0; returns whether this process did. A run that cannot write it says so and goes
-    on, the next one may succeed; unless it is `stopping`, then it raises RunFailed."""
+    """Copy the state to rank 0's host, and write checkpoint.pth from the copy in a thread, while training goes on; from
+    the first save on, the copy takes as much memory there as the state. A write that is still on its way is waited for.
+
+    A run that cannot write says so and goes on, the next save may succeed. A run that is `stopping` writes without copy
+    and thread, and raises RunFailed where it cannot."""
     run.recorder.read(run.may_overflow)  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
     run.model.objective.share_statistics()
     if rank() != 0:
-        return False
-    try:
-        with run.watch.paused():
-            run.log.flush(to_disk=True)
-            save_checkpoint(checkpoint_state(run, step), checkpoint_path(run.args))
-        return True
-    except OSError as error:
-        if stopping:
+        return
+    with run.watch.paused():
+        run.writer.wait()
+        run.log.flush()
+        state = checkpoint_state(run, step)
+        if not stopping:
+            run.writer.start(write_or_warn, run, step, run.writer.copy.of(state, run.device))
+            return
+        try:
+            write(run, step, state)
+        except OSError as error:
             raise RunFailed(f"step {step}: {error}") from None
+
+
+def write_or_warn(run, step, state):
+    try:
+        write(run, step, state)
+    except OSError as error:
         run.log.print(f"warning: step {step}: {error}; going on, the earlier checkpoint is whole")
-        return False
+
+
+def write(run, step, state):
+    """The checkpoint, once the log that it belongs to is on disk; then the copy of it that is kept. Raises OSError."""
+    run.log.force_to_disk()
+    save_checkpoint(state, checkpoint_path(run.args))
+    keep_copy(run, step)
+
+
+@contextlib.contextmanager
+def losing_nothing(run):
+    """Inside are the steps. Who has lost a peer saves the last whole step; and whatever ends the run, a checkpoint that
+    is being written is waited for, GRACE_S at most."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            save_last_whole_step(run)
+        raise
+    finally:
+        with run.watch.paused():
+            run.writer.join(GRACE_S)
 
 
 def buffers_before_step(run, step):
@@ -78,13 +114,18 @@ def buffers_before_step(run, step):
 
 
 def save_last_whole_step(run):
-    """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others."""
-    if rank() != 0 or run.buffers_before_step is None:
-        return
-    step, buffers = run.buffers_before_step
+    """The last resort of a run that is stuck in a collective or has lost a peer: save without asking the others, after
+    what is being written."""
     with run.watch.paused():
+        if not run.writer.join(GRACE_S):
+            run.log.print(f"warning: a checkpoint is still being written after {GRACE_S:g} s; no later one is saved")
+            return
+        if rank() != 0 or run.buffers_before_step is None:
+            return
+        step, buffers = run.buffers_before_step
         recorder = run.recorder.read_alone(run.may_overflow)
-        run.log.flush(to_disk=True)
+        run.log.flush()
+        run.log.force_to_disk()
         try:
             save_checkpoint(checkpoint_state(run, step, buffers, recorder), checkpoint_path(run.args))
         except OSError as error:  # why the run ends, and with which code, is not the disk's business

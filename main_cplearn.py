@@ -42,6 +42,7 @@ from checkpoint import (
     find_earlier,
     keep_copy,
     lock_folder,
+    losing_nothing,
     refuse_differences,
     resume,
     save,
@@ -69,7 +70,6 @@ from utils import (
     commit,
     cosine_schedule,
     init_distributed,
-    is_lost_peer,
     make_folder,
     not_negative,
     on_rank_zero,
@@ -80,6 +80,7 @@ from utils import (
     world_size,
 )
 from watch import Watch
+from writer import Writer
 
 GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP: save, then end by the signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over
@@ -210,6 +211,7 @@ class Run:
     agreement: Agreement = field(default_factory=Agreement)
     log: RunLog = None
     watch: Watch = None
+    writer: Writer = field(default_factory=Writer)  # of checkpoints; rank 0's
     buffers_before_step: tuple | None = None  # (step, buffers) from a step's end to the next change of the weights
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -239,23 +241,18 @@ def train(args):
     epoch_is_open = ended and run.recorder.epoch.count > 0
     run.log = RunLog(args.output_dir, step, run.total_steps, epoch_is_open)
     describe(run, step)
-    with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch:
-        try:
-            if epoch_is_open:
-                set_schedules(run, step - 1)
-                finish_epoch(run, step)
-            keep_copy(run, step)  # the earlier start may have ended before it could
-            while step < run.total_steps:
-                step = train_one_epoch(run, step)
-                finish_epoch(run, step)
-            run.agreement.settle()
-            dist.barrier()  # SLURM may end all processes some time after the first: not while rank 0 writes
-            run.log.print(f"done: {step} steps; {checkpoint_path(args)}")
-            close(run)
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                save_last_whole_step(run)
-            raise
+    with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch, losing_nothing(run):
+        if epoch_is_open:
+            set_schedules(run, step - 1)
+            finish_epoch(run, step)
+        keep_copy(run, step)  # the earlier start may have ended before it could
+        while step < run.total_steps:
+            step = train_one_epoch(run, step)
+            finish_epoch(run, step)
+        run.agreement.settle()
+        dist.barrier()  # SLURM may end all processes some time after the first: not while rank 0 writes
+        run.log.print(f"done: {step} steps; {checkpoint_path(args)}")
+        close(run)
     return step
 
 
@@ -405,8 +402,8 @@ def finish_epoch(run, step):
             found = knn(run, step)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
-    if (last or copy_is_due(run, step)) and save(run, step, stopping=last):  # else the clock decides
-        keep_copy(run, step)
+    if last or copy_is_due(run, step):  # else the clock decides
+        save(run, step, stopping=last)
     run.log.draw(last)
 
 
@@ -468,6 +465,7 @@ def describe_batch(run):
 
 def own_vote(run):
     """What this process votes for: what all of them should do now."""
+    run.writer.raise_failure()
     if run.watch.signals:
         return STOP
     if rank() != 0 or time.monotonic() - run.saved_at <= 60 * run.args.save_every_minutes:

@@ -172,12 +172,17 @@ class RunLog:
                 writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
         self.writer = writer
 
-    def flush(self, to_disk=False):
-        """Write the lines that wait; `to_disk`: and force them there, before a checkpoint that says they are."""
+    def flush(self):
+        """Write the lines that wait."""
         if rank() == 0:
             with self.going_on("log.txt"):
-                append_whole(self.folder / "log.txt", self.waiting.encode(), to_disk)
+                append_whole(self.folder / "log.txt", self.waiting.encode())
                 self.waiting = ""
+
+    def force_to_disk(self):
+        """Force there what was written, before a checkpoint that says it is; in any thread, while lines are added."""
+        with self.going_on("log.txt"), open(self.folder / "log.txt", "ab") as file:
+            os.fsync(file.fileno())
 
     @contextlib.contextmanager
     def going_on(self, what, failed="could not be written"):
@@ -220,15 +225,13 @@ def keep_tensorboard_quiet(args):
         threading.__excepthook__(args)
 
 
-def append_whole(path, content, to_disk=False):
+def append_whole(path, content):
     """Append bytes to a file, all of them or none. Raises OSError."""
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if content and file.write(content) < len(content):  # a disk that fills up takes a part
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if to_disk:
-            os.fsync(file.fileno())
 
 
 def hours(seconds):

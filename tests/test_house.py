@@ -11,7 +11,7 @@ PACKAGES = ("fused_loss", "evaluation", "baselines")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
     {"decoding", "folders", "images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "weight_layouts"}
-    | {"objective", "accumulation", "batch_norm"},
+    | {"objective", "accumulation", "batch_norm", "writer"},
     {"data"},
     {"cplearn_head"},
     {"baselines"},
