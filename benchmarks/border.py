@@ -1,0 +1,151 @@
+"""What passes between the last step of an epoch and the first of the next, in parts, beside a step; and what a step
+loses while a checkpoint is written.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.border          # a ViT-S with K = 16,384 on 96 px
+    python -m benchmarks.border --device cuda --img_size 224 --batch_size_per_gpu 256
+
+Takes main_cplearn.py's flags. Every epoch ends with a checkpoint here, without k-NN. Prints tables in markdown;
+milliseconds of wall time, medians without the first epoch.
+"""
+
+import collections
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import checkpoint
+import data
+import main_cplearn
+import monitor
+from benchmarks.step import wait_for, write_pictures
+from writer import HostCopy, Writer
+
+EPOCHS, STEPS = 6, 6  # steps of an epoch
+RUN = ["--arch", "vit_small", "--out_dim", "16384", "--img_size", "96", "--batch_size_per_gpu", "8", "--device", "cpu"]
+RUN += ["--precision", "bf16", "--dataset", "imagefolder", "--num_workers", "1", "--epochs", str(EPOCHS)]
+RUN += ["--saveckp_freq", "1", "--log_every", "1000000", "--save_every_minutes", "1000"]
+PLACES = {  # what is called between two steps
+    "logged lines": [(main_cplearn, "log_step"), (monitor.RunLog, "write"), (monitor.Recorder, "read")],
+    "loader": [(data.TrainLoader, "batch")],
+    "checkpoint: copy": [(HostCopy, "of")],
+    "checkpoint: rest": [(main_cplearn, "save")],
+}
+
+
+def main(words):
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*RUN, *words, "--data_path", f"{folder}/pictures", "--output_dir", f"{folder}/run"]
+        settings = main_cplearn.get_args_parser().parse_args(words)
+        write_pictures(Path(folder, "pictures"), settings.batch_size_per_gpu * settings.accum_steps * STEPS)
+        times = Times()
+        with times.measuring():
+            main_cplearn.train(settings)
+        print_border(times, seconds_of(monitor.plot_log, Path(folder, "run", "log.txt"), Path(folder, "loss.png")))
+        print_writing(times, checkpoint.load_checkpoint(Path(folder, "run", "checkpoint.pth")), Path(folder, "again"))
+
+
+def seconds_of(function, *args):
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+class Times:
+    """Seconds. gaps: [{part: time}] before each step; steps: [(time, whether a checkpoint was being written)]; written:
+    [time of a write], in the writer's thread but for the last one."""
+
+    def __init__(self):
+        self.gaps, self.steps, self.written = [], [], []
+        self.entered, self.passed, self.since = ["rest"], collections.Counter(), time.perf_counter()
+
+    @contextlib.contextmanager
+    def measuring(self):
+        step, write = main_cplearn.train_one_step, checkpoint.save_checkpoint
+        places = [(*place, self.inside(part)(getattr(*place))) for part in PLACES for place in PLACES[part]]
+        places += [(main_cplearn, "train_one_step", lambda *args: self.timed_step(step, *args))]
+        places += [(checkpoint, "save_checkpoint", lambda *args: self.written.append(seconds_of(write, *args)))]
+        with contextlib.ExitStack() as stack:
+            for place in places:
+                stack.enter_context(mock.patch.object(*place))
+            yield
+
+    @contextlib.contextmanager
+    def inside(self, part):
+        self.switch()
+        self.entered.append(part)
+        yield
+        self.switch()
+        self.entered.pop()
+
+    def switch(self):
+        now = time.perf_counter()
+        self.passed[self.entered[-1]] += now - self.since
+        self.since = now
+
+    def timed_step(self, function, run, batches, step):
+        self.switch()
+        self.gaps.append(self.passed)
+        writing = not run.writer.join(0)
+        features = function(run, batches, step)
+        wait_for(run.device)
+        self.steps.append((time.perf_counter() - self.since, writing))
+        self.passed, self.since = collections.Counter(), time.perf_counter()
+        return features
+
+    def step(self, writing):
+        """The median step while a checkpoint was being written, or while none was; NaN where there is none."""
+        found = [seconds for seconds, one_was in self.steps[STEPS:] if one_was == writing]
+        return statistics.median(found or [float("nan")])
+
+
+def print_border(times, figure):
+    rows = {part: statistics.median(gap[part] for gap in times.gaps[2 * STEPS :: STEPS]) for part in (*PLACES, "rest")}
+    whole = sum(rows.values())
+    rows["**a border**"] = whole - rows["checkpoint: copy"] - rows["checkpoint: rest"]
+    rows |= {"**with a checkpoint**": whole, "figure, where one is due": figure}
+    print("\n| between two epochs | ms | steps |\n|---|---|---|")
+    for name, seconds in rows.items():
+        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / times.step(writing=False):.3f} |")
+
+
+def print_writing(times, state, path):
+    """The loop of small operations does what Python does that feeds a GPU: it needs Python's lock all the time, and so
+    loses what a thread can take."""
+    x, host, (*in_thread, in_step) = torch.zeros(4), HostCopy(), times.written
+    copying = [seconds_of(host.of, state, torch.device("cpu")) for _ in range(4)]
+    end = time.perf_counter() + 1
+    alone, losses = calls_a_second(x, lambda: time.perf_counter() < end), []
+    for _ in range(5):
+        writer, start = Writer(), time.perf_counter()
+        writer.start(checkpoint.save_checkpoint, state, path)
+        beside = calls_a_second(x, lambda writer=writer: not writer.join(0))
+        losses.append((time.perf_counter() - start) * (1 - beside / alone))
+    rows = {
+        "a step": times.step(writing=False),
+        "a step that begins while a checkpoint is written": times.step(writing=True),
+        f"to write a checkpoint of {path.stat().st_size / 1e6:.0f} MB, in the thread": statistics.median(in_thread),
+        "to write it while training waits": in_step,
+        "what a loop of small operations loses to a write": statistics.median(losses),
+        "to copy the state into new memory": copying[0],
+        "to copy it into the memory of the copy before": statistics.median(copying[1:]),
+    }
+    print("\n| while a checkpoint is written | ms |\n|---|---|")
+    print("\n".join(f"| {name} | {1e3 * seconds:.0f} |" for name, seconds in rows.items()))
+
+
+def calls_a_second(x, goes_on):
+    start, count = time.perf_counter(), 0
+    while goes_on():
+        x.add_(1)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
