@@ -1,5 +1,4 @@
-"""What passes between the last step of an epoch and the first of the next, in parts, beside a step; and what a step
-loses while a checkpoint is written.
+"""What passes between two epochs, in parts, beside a step; and what a step loses while a checkpoint is written.
 
     OMP_NUM_THREADS=1 python -m benchmarks.border          # a ViT-S with K = 16,384 on 96 px
     python -m benchmarks.border --device cuda --img_size 224 --batch_size_per_gpu 256
@@ -11,7 +10,6 @@ milliseconds of wall time, medians without the first epoch.
 import collections
 import contextlib
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,10 +24,7 @@ import monitor
 from benchmarks.step import wait_for, write_pictures
 from writer import HostCopy, Writer
 
-EPOCHS, STEPS = 6, 6  # steps of an epoch
-RUN = ["--arch", "vit_small", "--out_dim", "16384", "--img_size", "96", "--batch_size_per_gpu", "8", "--device", "cpu"]
-RUN += ["--precision", "bf16", "--dataset", "imagefolder", "--num_workers", "1", "--epochs", str(EPOCHS)]
-RUN += ["--saveckp_freq", "1", "--log_every", "1000000", "--save_every_minutes", "1000"]
+STEPS = 6  # of an epoch
 PLACES = {  # what is called between two steps
     "logged lines": [(main_cplearn, "log_step"), (monitor.RunLog, "write"), (monitor.Recorder, "read")],
     "loader": [(data.TrainLoader, "batch")],
@@ -38,16 +33,22 @@ PLACES = {  # what is called between two steps
 }
 
 
-def main(words):
+def get_parser():
+    parser = main_cplearn.get_args_parser()
+    parser.set_defaults(arch="vit_small", out_dim=16384, img_size=96, batch_size_per_gpu=8, precision="bf16", epochs=6)
+    parser.set_defaults(dataset="imagefolder", num_workers=1, device="cpu", log_every=10**6, saveckp_freq=1)
+    return parser
+
+
+def main(args):
     with tempfile.TemporaryDirectory() as folder:
-        words = [*RUN, *words, "--data_path", f"{folder}/pictures", "--output_dir", f"{folder}/run"]
-        settings = main_cplearn.get_args_parser().parse_args(words)
-        write_pictures(Path(folder, "pictures"), settings.batch_size_per_gpu * settings.accum_steps * STEPS)
+        args.data_path, args.output_dir = f"{folder}/pictures", f"{folder}/run"
+        write_pictures(Path(args.data_path), args.batch_size_per_gpu * args.accum_steps * STEPS)
         times = Times()
         with times.measuring():
-            main_cplearn.train(settings)
-        print_border(times, seconds_of(monitor.plot_log, Path(folder, "run", "log.txt"), Path(folder, "loss.png")))
-        print_writing(times, checkpoint.load_checkpoint(Path(folder, "run", "checkpoint.pth")), Path(folder, "again"))
+            main_cplearn.train(args)
+        print_border(times, seconds_of(monitor.plot_log, Path(args.output_dir, "log.txt"), Path(folder, "loss.png")))
+        print_writing(times, checkpoint.load_checkpoint(checkpoint.checkpoint_path(args)), Path(folder, "again"))
 
 
 def seconds_of(function, *args):
@@ -67,8 +68,8 @@ class Times:
     @contextlib.contextmanager
     def measuring(self):
         step, write = main_cplearn.train_one_step, checkpoint.save_checkpoint
-        places = [(*place, self.inside(part)(getattr(*place))) for part in PLACES for place in PLACES[part]]
-        places += [(main_cplearn, "train_one_step", lambda *args: self.timed_step(step, *args))]
+        places = [(main_cplearn, "train_one_step", lambda *args: self.timed_step(step, *args))]
+        places += [(*place, self.inside(part)(getattr(*place))) for part in PLACES for place in PLACES[part]]
         places += [(checkpoint, "save_checkpoint", lambda *args: self.written.append(seconds_of(write, *args)))]
         with contextlib.ExitStack() as stack:
             for place in places:
@@ -98,10 +99,8 @@ class Times:
         self.passed, self.since = collections.Counter(), time.perf_counter()
         return features
 
-    def step(self, writing):
-        """The median step while a checkpoint was being written, or while none was; NaN where there is none."""
-        found = [seconds for seconds, one_was in self.steps[STEPS:] if one_was == writing]
-        return statistics.median(found or [float("nan")])
+    def step(self, writing):  # the median; NaN where there is none
+        return statistics.median([s for s, one_was in self.steps[STEPS:] if one_was == writing] or [float("nan")])
 
 
 def print_border(times, figure):
@@ -115,11 +114,9 @@ def print_border(times, figure):
 
 
 def print_writing(times, state, path):
-    """The loop of small operations does what Python does that feeds a GPU: it needs Python's lock all the time, and so
-    loses what a thread can take."""
+    """A loop of small operations needs Python's lock all the time, as one that feeds a GPU, and loses what it can."""
     x, host, (*in_thread, in_step) = torch.zeros(4), HostCopy(), times.written
-    copying = [seconds_of(host.of, state, torch.device("cpu")) for _ in range(4)]
-    end = time.perf_counter() + 1
+    copying, end = [seconds_of(host.of, state, torch.device("cpu")) for _ in range(4)], 1 + time.perf_counter()
     alone, losses = calls_a_second(x, lambda: time.perf_counter() < end), []
     for _ in range(5):
         writer, start = Writer(), time.perf_counter()
@@ -136,7 +133,8 @@ def print_writing(times, state, path):
         "to copy it into the memory of the copy before": statistics.median(copying[1:]),
     }
     print("\n| while a checkpoint is written | ms |\n|---|---|")
-    print("\n".join(f"| {name} | {1e3 * seconds:.0f} |" for name, seconds in rows.items()))
+    for name, seconds in rows.items():
+        print(f"| {name} | {1e3 * seconds:.0f} |")
 
 
 def calls_a_second(x, goes_on):
@@ -148,4 +146,4 @@ def calls_a_second(x, goes_on):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(get_parser().parse_args())

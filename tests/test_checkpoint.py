@@ -14,7 +14,7 @@ import torch
 import checkpoint
 import main_cplearn
 from checkpoint import load_checkpoint, save_checkpoint, wait_for_same_file
-from monitor import read_log
+from monitor import RunLog, read_log
 from runs import flags, tensors, write_pictures
 from utils import UserError
 
@@ -129,7 +129,8 @@ def train_with(monkeypatch, folder, output_dir, words=(), **at_steps):
         return original(run, batches, step)
 
     monkeypatch.setattr(main_cplearn, "train_one_step", train_one_step)
-    given = flags(folder, output_dir, epochs=2, save_every_minutes=1000) + list(words)
+    monkeypatch.setattr(RunLog, "draw", lambda *args: None)
+    given = flags(folder, output_dir, epochs=1, save_every_minutes=1000) + list(words)
     main_cplearn.train(main_cplearn.get_args_parser().parse_args(given))
 
 
@@ -173,7 +174,7 @@ def test_an_epochs_copy_is_kept_although_training_goes_on(folder, tmp_path, monk
         assert held.begun.is_set() and not list(tmp_path.glob("*.pth"))
         held.let_go.set()
 
-    train_with(monkeypatch, folder, tmp_path, ["--saveckp_freq", "1"], step15=look)
+    train_with(monkeypatch, folder, tmp_path, ["--saveckp_freq", "1", "--epochs", "2"], step15=look)
     steps = [load_checkpoint(tmp_path / f"checkpoint{name}.pth")["step"] for name in ("0001", "0002", "")]
     assert steps == [12, 24, 24]
 
@@ -223,8 +224,8 @@ def test_a_disk_that_fails_is_a_warning_and_the_run_goes_on(folder, tmp_path, mo
     train_with(monkeypatch, folder, tmp_path, step5=lambda run: (main_cplearn.save(run, 5), run.writer.wait()))
     said = capsys.readouterr().out
     warning = "warning: step 5: checkpoint.pth: could not be written: it is gone; going on, the earlier checkpoint is"
-    assert said.count(warning) == 1 and said.index(warning) < said.index("step 10/24")
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 24
+    assert said.count(warning) == 1 and said.index(warning) < said.index("step 10/12")
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 12
 
 
 def test_another_error_of_the_thread_ends_the_run_at_the_next_vote(folder, tmp_path, monkeypatch, capsys):

@@ -125,7 +125,8 @@ MORE = {  # what is added to a command, so that it takes seconds
 NOT_RUN = {  # and why
     r"^make ": "run by .ci/run, or by people: minutes, and an environment of its own",
     r"^(python -m )?pytest": "the tests themselves, run by .ci/run",
-    r"benchmarks\.(head|dictionaries|requeue|step|border|recipes)": "minutes to an hour; test_recipes.py runs the last one",
+    r"benchmarks\.(head|dictionaries|requeue|step|recipes)": "minutes to an hour; test_recipes.py runs the last one",
+    r"benchmarks\.border": "a minute",
     r"tests/slurm/cluster\.py": "a cluster of its own; tests/slurm runs it",
     r"--rdzv_endpoint": "needs several machines",
     r"torchrun --max-restarts$": "no whole command",
