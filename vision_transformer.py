@@ -111,9 +111,9 @@ class VisionTransformer(TimmVisionTransformer):
 
     @property
     def joins_sizes(self):
-        """Whether images of several sizes are better given at once. Off the CPU, where it halves the number of
-        launches; on a CPU it takes 1.02 of the time of one pass per size (benchmarks/crops.py, ViT-S, 2 x 224 + 8 x 96,
-        B 4): the products run as fast on fewer tokens, and splitting and joining them is copying."""
+        """Whether images of several sizes are better given at once: off the CPU, where it saves a pass's launches
+        (never measured). On a CPU it takes 1.02 of the time of one pass per size (python -m benchmarks.crops: ViT-S,
+        2 x 224 + 8 x 96, B 4), for the products are as fast on fewer tokens, and splitting and joining is copying."""
         return not _on_cpu(self.cls_token)
 
     def _through_blocks(self, x, shapes):

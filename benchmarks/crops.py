@@ -37,29 +37,29 @@ def get_parser():
 
 def main(args):
     torch.set_num_threads(1)
-    rows = [row for batch in args.batch for row in measure(args, batch)]
+    rows = []
     print("| B | form | CPU s | against | ratio |\n|---|---|---|---|---|")
-    for row in rows:
-        print("| {batch} | {form} | {cpu_s:.3f} | {against} | {ratio:.3f} |".format(**row))
+    for batch in args.batch:
+        for row in measure(args, batch):
+            rows.append(row)
+            print("| {batch} | {form} | {cpu_s:.3f} | {against} | {ratio:.3f} |".format(**row), flush=True)
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def measure(args, batch):
-    """A row for each form. Stochastic depth is timed on the global crops alone, one size."""
+    """A row for each form. Stochastic depth is timed in one pass per size, the global crops alone and all."""
     crops = [torch.randn(2 * batch, 3, args.global_size, args.global_size)]
     crops.append(torch.randn(args.local_crops * batch, 3, args.local_size, args.local_size))
-    plain = build(args, 0.0)
-    forms = {"one pass per size": (plain, [[crop] for crop in crops], None)}
-    forms["one pass"] = (plain, [crops], "one pass per size")
-    forms["without stochastic depth"] = (plain, [crops[:1]], None)
+    plain, one, apart = build(args, 0.0), [crops[:1]], [[crop] for crop in crops]
+    forms = {"one pass per size": (plain, apart, None), "one pass": (plain, [crops], "one pass per size")}
     for rate in args.rates:
-        skipping = build(args, rate)
-        forms[f"{rate} masked"] = (masked(build(args, rate)), [crops[:1]], "without stochastic depth")
-        forms[f"{rate} skipped"] = (skipping, [crops[:1]], f"{rate} masked")
-        forms[f"{rate} masked, two sizes"] = (masked(build(args, rate)), [[crop] for crop in crops], None)
-        forms[f"{rate} skipped, one pass"] = (skipping, [crops], f"{rate} masked, two sizes")
+        skipping, weighting = build(args, rate), masked(build(args, rate))
+        forms[f"p {rate}, 2 crops, weights"] = (weighting, one, None)
+        forms[f"p {rate}, 2 crops, skipping"] = (skipping, one, f"p {rate}, 2 crops, weights")
+        forms[f"p {rate}, all crops, weights"] = (weighting, apart, None)
+        forms[f"p {rate}, all crops, skipping"] = (skipping, apart, f"p {rate}, all crops, weights")
     seconds = times(args, forms)
     return [
         {
