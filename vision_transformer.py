@@ -193,7 +193,8 @@ class Attention(timm.layers.Attention):
         return self._heads(self.qkv(x))
 
     def _heads(self, qkv):
-        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return (heads.contiguous() if _on_cpu(qkv) else heads).unbind(0)  # else each product copies its operands
 
     def _mix(self, q, k, v):
         x = self.weights(q, k) @ v if _on_cpu(q) else F.scaled_dot_product_attention(q, k, v)  # (B, H, P + N, d)
@@ -230,11 +231,11 @@ class Path(NamedTuple):
 
 def add_branch(x, branch, shapes, path):
     """x + branch(x), along a path. branch: tokens, shapes -> tokens."""
-    if path is None:
-        return x + branch(x, shapes)
-    if path.rows is None:
-        return x + branch(x, shapes) * path.weights
-    return x.index_add(0, path.rows, branch(x.index_select(0, path.rows), path.shapes) * path.weights)
+    skips = path is not None and path.rows is not None
+    y = branch(x.index_select(0, path.rows), path.shapes) if skips else branch(x, shapes)
+    y = y.to(x.dtype)  # a sum of two dtypes is 5 times slower on a CPU
+    y = y if path is None else y * path.weights
+    return x.index_add(0, path.rows, y) if skips else x + y
 
 
 def draw_paths(rates, x, shapes=None):

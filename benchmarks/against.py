@@ -1,7 +1,7 @@
 """CPU seconds of a training step of this code against another commit's, measured side by side.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.against 32031cd                          # ViT-S, 2 x 224, batch 8, K 65536
-    OMP_NUM_THREADS=1 python -m benchmarks.against HEAD --steps 20 -- --arch vit_tiny --batch_size_per_gpu 16
+    OMP_NUM_THREADS=1 python -m benchmarks.against --commit 32031cd    # ViT-S, 2 x 224, batch 8, K 65536
+    OMP_NUM_THREADS=1 python -m benchmarks.against --steps 20 -- --arch vit_tiny --batch_size_per_gpu 16
 
 Flags after -- are main_cplearn.py's. Each side is a process of its own that makes its steps, on one batch that stays in
 memory, when it is told to: they take turns, so that whatever else the machine does meets both. The other commit is
@@ -35,14 +35,14 @@ batches = next(run.loader.steps(0, 0, sys.maxsize))
 for step, _ in enumerate(sys.stdin, 1):  # step 0 would draw a picture
     start, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     main_cplearn.train_one_step(run, batches, step)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    print("step took", time.process_time() - start, faults, flush=True)
+    seconds, used = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF)
+    print("step took", seconds, used.ru_minflt - faults, used.ru_maxrss // 1024, flush=True)
 """
 
 
 def get_parser():
     parser = argparse.ArgumentParser("benchmarks.against", description=__doc__.split("\n")[0])
-    parser.add_argument("commit", help="the other side")
+    parser.add_argument("--commit", default="HEAD", help="the other side (default: HEAD)")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each side (default 15)")
     parser.add_argument("--output", type=Path, help="JSON file (default: none)")
     parser.add_argument("words", nargs="*", help="flags of main_cplearn.py, after --")
@@ -57,12 +57,14 @@ def main(args):
             found = take_turns(args, {args.commit: other, "this code": Path.cwd()}, Path(folder))
         finally:
             git("worktree", "remove", "--force", str(other))
-    print("| side | CPU seconds of a step, median | least | pages taken |\n|---|---|---|---|")
+    print("| side | CPU seconds of a step, median | least | pages taken | peak memory, MB |\n|---|---|---|---|---|")
     for name, steps in found.items():
-        seconds, pages = zip(*steps, strict=True)
-        cells = f"{statistics.median(seconds):.3f} | {min(seconds):.3f} | {statistics.median(pages):.0f}"
+        seconds, pages, memory = zip(*steps, strict=True)
+        cells = (
+            f"{statistics.median(seconds):.3f} | {min(seconds):.3f} | {statistics.median(pages):.0f} | {max(memory)}"
+        )
         print(f"| {name} | {cells} |")
-    theirs, ours = (statistics.median(seconds for seconds, _ in steps) for steps in found.values())
+    theirs, ours = (statistics.median(seconds for seconds, *_ in steps) for steps in found.values())
     print(f"\nthis code to {args.commit}: {ours / theirs:.3f}")
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "ratio": ours / theirs, "steps": found}
@@ -74,7 +76,7 @@ def git(*words):
 
 
 def take_turns(args, checkouts, folder):
-    """{side: [(CPU seconds, pages taken) of each timed step]}."""
+    """{side: [(CPU seconds, pages taken, MB at most so far) of each timed step]}."""
     write_pictures(folder / "pictures", args.words)
     sides = {}
     for number, (name, checkout) in enumerate(checkouts.items()):
@@ -104,8 +106,8 @@ def one_step(side):
     side.stdin.flush()
     for line in side.stdout:
         if line.startswith("step took"):
-            seconds, pages = line.split()[2:]
-            return float(seconds), int(pages)
+            seconds, pages, memory = line.split()[2:]
+            return float(seconds), int(pages), int(memory)
     raise SystemExit("a side ended before its steps; what it said stands above")
 
 
