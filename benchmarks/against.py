@@ -6,7 +6,7 @@
 Flags after -- are main_cplearn.py's. Each side is a process of its own that makes its steps, on one batch that stays in
 memory, when it is told to: they take turns, so that whatever else the machine does meets both. The other commit is
 checked out in a temporary folder; HEAD is the last commit, against which a change in the working tree is measured.
-MALLOC_TRIM_THRESHOLD_ and the like in the environment are for both. Prints medians and their ratio, and JSON by --output.
+Prints medians and their ratio, and JSON by --output.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import main_cplearn
+from benchmarks import step
 from benchmarks.head import machine
 
 REFERENCE = ["--arch", "vit_small", "--batch_size_per_gpu", "8", "--out_dim", "65536", "--precision", "bf16"]
@@ -112,9 +114,6 @@ def one_step(side):
 
 
 def write_pictures(folder, words):
-    from benchmarks import step
-    import main_cplearn
-
     settings = main_cplearn.get_args_parser().parse_args([*REFERENCE, *words])
     step.write_pictures(folder, settings.batch_size_per_gpu * settings.accum_steps)
 
