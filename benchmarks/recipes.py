@@ -3,10 +3,13 @@
     python -m benchmarks.recipes                                   # the tables of docs/recipes.md
     python -m benchmarks.recipes --arch vit_base --images 1281167 --epochs 300 --effective_batch 1024 --gpus 8 16
     python -m benchmarks.recipes --grad_checkpointing --out_dim 1048576 --json recipes.json
+    python -m benchmarks.recipes --budget --arch vit_large vit_huge_patch14_224       # where the memory goes; FSDP2?
+    python -m benchmarks.recipes --measured step.json          # how far off it is, on what benchmarks.step measured
 
-A training step of the real model runs on tensors without contents (FakeTensorMode), at two batch sizes. Of each
-operation its floating-point operations (torch.utils.flop_counter) and the bytes of its inputs and outputs are counted;
-torch's MemTracker counts the bytes that are alive. Other batch sizes lie on the line through the two.
+A training step of the real loop runs on tensors without contents (FakeTensorMode). Of each operation its floating-point
+operations (torch.utils.flop_counter) and the bytes of its inputs and outputs are counted; the bytes of the tensors that
+are alive are summed. Where a step's images do not fit on the card, the quickest of --accum_steps and
+--grad_checkpointing that does is chosen.
 
     GPU time of a step = sum over operations of max(FLOP / peak, bytes / bandwidth, LAUNCH) / REACHED
     step = max(GPU time + all-reduce (R > 1), images / loader's rate)            s; R GPUs
@@ -17,28 +20,33 @@ torch's MemTracker counts the bytes that are alive. Other batch sizes lie on the
 
 import argparse
 import functools
+import itertools
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 import main_cplearn
 import vision_transformer
-from accumulation import FirstHalf
+from accumulation import FirstHalf, backward_of_joint_batch
 from augmentation import make_recipe, make_views
 from backbones import build_backbone
 from benchmarks import sharding
 from cplearn_head import CPLearn, CPLearnHead, cplearn_loss
 from data import resolve_dataset_defaults
 from dictionary import Dictionary
+from utils import UserError
 
 IMAGENET100, IMAGENET = 126_689, 1_281_167  # training images
 CARDS = (40, 80)  # GB of an A100
@@ -66,13 +74,14 @@ LOADED = {False: 300, True: 200}
 CORES = 16  # per GPU: a DGX A100 has 128 for 8
 NETWORK = {1: 200e9, 2: 25e9}  # bytes/s of one GPU: within a node by NVLink, between nodes 200 Gbit/s
 FRAGMENTS, CONTEXT = 1.1, 1.5e9  # of the caching allocator; bytes of CUDA, nccl, cuBLAS: both assumed
+SIZES = (32, 64)  # images of a batch, through whose memory the line for other batches goes
 DISK = 1e9  # bytes/s of writing a checkpoint (assumed)
 
 
 def get_parser():
     parser = argparse.ArgumentParser("benchmarks.recipes", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--arch", nargs="+", default=["vit_small"], choices=vision_transformer.ARCHS)
+    add("--arch", nargs="+", default=["vit_small"], help="of main_cplearn.py; images have 224 px (default vit_small)")
     add("--out_dim", type=int, nargs="+", default=[131072], help="codes K (default 131072)")
     add("--gpus", type=int, nargs="+", default=[1, 8, 16], help="8 in a node")
     add("--images", type=int, help="of the data set (default: the ImageNet-100 and the ImageNet-1k recipe)")
@@ -85,16 +94,33 @@ def get_parser():
     )
     add("--lr", type=float, default=5e-4, help="per 256 images (default 5e-4)")
     add("--local_crops_number", type=int, default=0, help="of 96 px, beside two of 224 px")
-    add("--grad_checkpointing", action="store_true")
+    add("--grad_checkpointing", action="store_true", help="in any case, not where it is quicker than --accum_steps")
+    add("--card", type=float, default=max(CARDS), help="GB of a GPU's memory (default %(default)s)")
+    add("--budget", action="store_true", help="where the memory goes, what saves some, and when FSDP2 is needed")
+    add(
+        "--measured",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="of benchmarks.step --output: how far this is off there",
+    )
     add("--json", type=Path, help="write all numbers here too")
     return parser
 
 
 def main(args):
+    if args.measured:
+        print(table(list(compare(args.measured))))
+        return
     sets = [(IMAGENET100, args.effective_batch), (IMAGENET, 2 * args.effective_batch)]
     if args.images:
         sets = [(args.images, args.effective_batch)]
     models = [(arch, num_codes) for arch in args.arch for num_codes in args.out_dim]
+    if args.budget:
+        budgets = [budget(args, *model) for model in models]
+        ways = [row for model in models for row in savings(args, *model)]
+        print(f"Computed, not run.\n\n{table(budgets)}\n\n{table(ways)}")
+        return
     kinds = [describe_model(args, *model) for model in models]
     runs = [plan(args, *model, *images, gpus) for model in models for images in sets for gpus in args.gpus]
     print(f"Computed, not run.\n\n{table(kinds)}\n\n{table(runs)}")
@@ -105,12 +131,9 @@ def main(args):
 
 def plan(args, arch, num_codes, images, effective_batch, num_gpus):
     """One run, as a row: {column: value}."""
-    batch = effective_batch // num_gpus
-    step = Step.of(arch, num_codes, args.local_crops_number, args.grad_checkpointing)
-    if step.memory(batch, num_gpus) > 1e9 * max(CARDS):
-        step = Step.of(arch, num_codes, args.local_crops_number, True)
-    seconds = [step.seconds(batch, num_gpus, reached) for reached in reversed(REACHED)]
-    loader = batch / (CORES * LOADED[args.local_crops_number > 0])
+    step, batch, parts = arrange(args, arch, num_codes, effective_batch // num_gpus, num_gpus)
+    seconds = [step.seconds(batch, num_gpus, reached, parts=parts) for reached in reversed(REACHED)]
+    loader = batch * parts / (CORES * LOADED[args.local_crops_number > 0])
     hours = [args.epochs * (images // effective_batch) * max(s, loader) / 3600 for s in seconds]
     return {
         "model": arch,
@@ -119,24 +142,44 @@ def plan(args, arch, num_codes, images, effective_batch, num_gpus):
         "epochs": args.epochs,
         "GPUs": num_gpus,
         "batch per GPU": batch,
+        "accum_steps": parts,
         "lr at peak": args.lr * effective_batch / 256,
         "recomputed": "yes" if step.recomputes else "no",
-        "GB per GPU": round(step.memory(batch, num_gpus) / 1e9, 1),
+        "GB per GPU": round(step.memory(batch, num_gpus, parts) / 1e9, 1),
         "images/s": round(effective_batch / max(seconds[1], loader)),
         "hours": round(hours[1], 1),
         "least": round(hours[0], 1),
         "most": round(hours[2], 1),
-        "all-reduce, ms": round(1e3 * step.all_reduce(batch, num_gpus), 1),
-        "cores per GPU": round(batch / seconds[1] / LOADED[args.local_crops_number > 0], 1),
+        "all-reduce, ms": round(1e3 * step.all_reduce(batch * parts, num_gpus), 1),
+        "cores per GPU": round(batch * parts / seconds[1] / LOADED[args.local_crops_number > 0], 1),
         "limit": "loader" if loader > seconds[1] else "GPU",
         "evidence": "computed",
     }
 
 
+def arrange(args, arch, num_codes, images, num_gpus):
+    """The quickest (step, batch, micro-batches) whose memory a GPU has, for its share of a step's images.
+
+    Raises UserError where there is none."""
+    fitting = []
+    for recomputes in dict.fromkeys((args.grad_checkpointing, True)):
+        step = Step(arch, num_codes, args.local_crops_number, recomputes)
+        for parts in (m for m in range(1, images // 2 + 1) if images % m == 0):
+            batch = images // parts
+            if all(step.memory(batch, num_gpus, m) <= 1e9 * args.card for m in (1, parts)):  # one is counted quickly
+                fitting.append((step.seconds(batch, num_gpus, parts=parts), step, batch, parts))
+                break  # smaller micro-batches cost more
+        if fitting and fitting[0][-1] == 1:
+            break  # nor is recomputing quicker
+    if not fitting:
+        raise UserError(f"--card {args.card:g}: not even two images of {arch} at once fit on it; see --budget")
+    return min(fitting, key=lambda found: found[0])[1:]
+
+
 def describe_model(args, arch, num_codes):
     """What holds for a model on any number of GPUs, as a row."""
-    plain, checkpointed = (Step.of(arch, num_codes, args.local_crops_number, again) for again in (False, True))
-    flops = plain.operations(64)[:, :2].sum() / 64
+    plain, checkpointed = (Step(arch, num_codes, args.local_crops_number, again) for again in (False, True))
+    flops = plain.counted(64)[0][:, :2].sum() / 64
     size = checkpoint_bytes(plain.parameters, plain.dim, num_codes)
     row = {
         "model": arch,
@@ -149,6 +192,71 @@ def describe_model(args, arch, num_codes):
     for name, step in (("largest batch", plain), ("with --grad_checkpointing", checkpointed)):
         row[name] = " / ".join(f"{step.largest_batch(1e9 * card)} ({card} GB)" for card in CARDS)
     return row | {"checkpoint, MB": round(size / 1e6), "s to save": round(size / DISK, 1)}
+
+
+def budget(args, arch, num_codes):
+    """Where the memory of one of several GPUs goes whatever the batch, GB, and what each image adds, as a row."""
+    plain, checkpointed = (Step(arch, num_codes, args.local_crops_number, again) for again in (False, True))
+    billions = plain.parameters / 1e9
+    least = checkpointed.memory(2, num_gpus=8) / 1e9  # batch norm takes no single image
+    return {
+        "model": arch,
+        "parameters, M": round(1e3 * billions),
+        "weights": round(4 * billions, 2),
+        "gradients (DDP's buckets)": round(4 * billions, 2),
+        "AdamW's moments": round(8 * billions, 2),
+        "codes": round(plain.dim * num_codes / 1e9, 2),
+        "GB with two images": round(least, 1),
+        "of it FSDP2 on 8 GPUs saves": round(FRAGMENTS * 16 * billions * 7 / 8, 1),
+        "MB per image": round(plain.slope / 1e6),
+        "recomputed": round(checkpointed.slope / 1e6),
+        f"needs FSDP2 on {args.card:g} GB": "yes" if least > args.card else "no",
+    }
+
+
+def savings(args, arch, num_codes, images=64, parts=4):
+    """What --grad_checkpointing and --accum_steps give on one of 8 GPUs, as a row each; time: to the plain step's."""
+    plain = Step(arch, num_codes, args.local_crops_number).seconds(images, 8)
+    for recomputes, m in itertools.product((False, True), (1, parts)):
+        step = Step(arch, num_codes, args.local_crops_number, recomputes)
+        memory = step.memory(images // m, 8, m) / 1e9
+        yield {
+            "model": arch,
+            "images": images,
+            "flags": " ".join(["--grad_checkpointing"] * recomputes + [f"--accum_steps {m}"] * (m > 1)) or "none",
+            "GB": round(memory, 1),
+            f"fits on {args.card:g} GB": "yes" if memory <= args.card else "no",
+            "time": round(step.seconds(images // m, 8, parts=m) / plain, 2),
+            "images at once that fit": step.largest_batch(1e9 * args.card),
+        }
+
+
+def compare(paths):
+    """Each row of benchmarks.step's files beside what is computed for it, as a row; times are to the first row's."""
+    first = None
+    for row, device in ((row, record["device"]) for path in paths for record in [json.loads(path.read_text())]
+                        for row in record["results"].values()):  # fmt: skip
+        flags, figure = row["flags"], "gpu_ms" if device == "cuda" else "cpu_ms"
+        step = Step(flags["arch"], flags["out_dim"], flags["local_crops_number"], flags["grad_checkpointing"],
+                    fused=device == "cuda")  # fmt: skip
+        operations, alive, parameters, _ = step.counted(flags["batch_size_per_gpu"], flags["accum_steps"])
+        computed, gflop = (alive + 8 * parameters) / 1e6, operations[:, :2].sum() / 1e9
+        milliseconds = sum(part[figure] for part in row["parts"].values())
+        first = first or (milliseconds, gflop)
+        yield {
+            "model": flags["arch"],
+            "batch": flags["batch_size_per_gpu"],
+            "local crops": flags["local_crops_number"],
+            "accum_steps": flags["accum_steps"],
+            "recomputed": "yes" if flags["grad_checkpointing"] else "no",
+            "MB measured": round(row["memory_mb"]),
+            "computed": round(computed),
+            "off by": f"{computed / row['memory_mb'] - 1:+.0%}",
+            "GFLOP measured": round(row["gflop"]),
+            "GFLOP computed": round(gflop),
+            "time measured": round(milliseconds / first[0], 2),
+            "time by GFLOP": round(gflop / first[1], 2),
+        }
 
 
 def checkpoint_bytes(parameters, dim, num_codes):
@@ -174,63 +282,57 @@ def table(rows):
 # ---- one training step -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """A step's operations (FLOP in bf16, FLOP in float32, bytes) and bytes alive, at two batch sizes."""
+    """A step of `parts` micro-batches of `batch` images: what it computes, what is alive at its peak."""
 
-    sizes: tuple
-    counted: tuple  # (operations, 3) at each size
-    alive: tuple  # bytes at the peak, without the optimizer's
-    augmenting: np.ndarray  # operations for one image
-    dim: int
+    arch: str
     num_codes: int
-    num_views: int
-    parameters: int
-    recomputes: bool
+    local_crops: int = 0
+    recomputes: bool = False  # --grad_checkpointing
+    fused: bool = True  # attention by one kernel, as on a GPU
 
-    @classmethod
-    @functools.cache
-    def of(cls, arch, num_codes, local_crops, grad_checkpointing, sizes=(32, 64)):
-        counted, alive, models = zip(
-            *(count_step(arch, num_codes, local_crops, grad_checkpointing, batch) for batch in sizes), strict=True
-        )
-        dim, parameters = models[0].backbone.embed_dim, sum(p.numel() for p in models[0].parameters())
-        augmenting = count_augmentation(local_crops)
-        return cls(sizes, counted, alive, augmenting, dim, num_codes, 2 + local_crops, parameters, grad_checkpointing)
+    def counted(self, batch, parts=1):
+        """(operations (n, 3), bytes alive at the peak without the optimizer's, parameters, width of the backbone)"""
+        return count_step(self.arch, self.num_codes, self.local_crops, self.recomputes, batch, parts, self.fused)
 
-    def at(self, pair, batch):
-        share = (batch - self.sizes[0]) / (self.sizes[1] - self.sizes[0])
-        return pair[0] + (pair[1] - pair[0]) * share
+    @property
+    def parameters(self):
+        return self.counted(SIZES[0])[2]
 
-    def operations(self, batch):
-        return self.at(self.counted, batch)
+    @property
+    def dim(self):
+        return self.counted(SIZES[0])[3]
 
     @property
     def slope(self):
         """Bytes per image."""
-        return (self.alive[1] - self.alive[0]) / (self.sizes[1] - self.sizes[0])
+        first, second = (self.counted(size)[1] for size in SIZES)
+        return (second - first) / (SIZES[1] - SIZES[0])
 
-    def memory(self, batch, num_gpus=1):
+    def memory(self, batch, num_gpus=1, parts=1):
         held = (8 if num_gpus == 1 else 12) * self.parameters
-        return FRAGMENTS * (self.at(self.alive, batch) + held) + CONTEXT
+        return FRAGMENTS * (self.counted(batch, parts)[1] + held) + CONTEXT
 
     def largest_batch(self, card):
         """Multiple of 8."""
-        room = card - self.memory(0, num_gpus=8)
-        return max(0, int(room / (FRAGMENTS * self.slope)) // 8 * 8)
+        room = card - self.memory(SIZES[1], num_gpus=8)
+        return max(0, int(SIZES[1] + room / (FRAGMENTS * self.slope)) // 8 * 8)
 
-    def seconds(self, batch, num_gpus, reached=REACHED[1], gpu=A100):
+    def seconds(self, batch, num_gpus, reached=REACHED[1], gpu=A100, parts=1):
         """GPU time; the all-reduce, which hides behind the backward pass at best, is added in full."""
-        bound = least_seconds(self.operations(batch), gpu) + least_seconds(self.augmenting * batch, gpu)
-        return bound / reached + self.all_reduce(batch, num_gpus)
+        bound = least_seconds(self.counted(batch, parts)[0], gpu)
+        augmenting = least_seconds(count_augmentation(self.local_crops) * batch, gpu)
+        bound += (2 * parts - 1) * augmenting  # all but the last micro-batch are augmented twice
+        return bound / reached + self.all_reduce(batch * parts, num_gpus)
 
-    def all_reduce(self, batch, num_gpus):
+    def all_reduce(self, images, num_gpus):
         """Seconds for gradients and mean predictions, in float32."""
-        moved = 2 * (num_gpus - 1) / num_gpus * 4 * self.parameters + self.loss_moves(batch, num_gpus)
+        moved = 2 * (num_gpus - 1) / num_gpus * 4 * self.parameters + self.loss_moves(images, num_gpus)
         return moved / NETWORK[1 if num_gpus <= 8 else 2]
 
-    def loss_moves(self, batch, num_gpus):
-        sizes = argparse.Namespace(batch_size=batch, dim=self.dim, views=self.num_views)
+    def loss_moves(self, images, num_gpus):
+        sizes = argparse.Namespace(batch_size=images, dim=self.dim, views=2 + self.local_crops)
         return sharding.whole(sizes, num_gpus, self.num_codes)[2]
 
 
@@ -240,27 +342,41 @@ def least_seconds(operations, gpu):
     return np.maximum(np.maximum(compute, moved / gpu.bandwidth), LAUNCH).sum()
 
 
-def count_step(arch, num_codes, local_crops, grad_checkpointing, batch):
-    """(operations, bytes alive at the peak, model) of a step in bf16 with the dense loss; no tensor has contents."""
+@functools.cache
+def count_step(arch, num_codes, local_crops, grad_checkpointing, batch, parts=1, fused=True):
+    """A step of main_cplearn's loop in bf16 with the dense loss; no tensor has contents. See `Step.counted`."""
     with torch.device("meta"):
         backbone = build_backbone(arch, drop_path_rate=None, grad_checkpointing=grad_checkpointing)
-    with fused_attention(), FakeTensorMode(allow_non_fake_inputs=True):
+    with fused_attention() if fused else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True):
         head = CPLearnHead(backbone.embed_dim, num_codes, storage="seed")
         head.dictionary = Dictionary.of(torch.empty(backbone.embed_dim, num_codes, dtype=torch.int8))
         objective = CPLearn(head, loss_function=cplearn_loss)
         model = main_cplearn.Model(backbone.to_empty(device="cpu"), objective)
-        first_half = FirstHalf(model.backbone, objective, "bf16")
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        views = [torch.empty(batch, 3, size, size) for size in [224] * 2 + [96] * local_crops]
-        tracker = MemTracker()
-        tracker.track_external(model, *views, head.dictionary.data)
-        with tracker, Counter() as counter:
-            objective(first_half(views))[0].backward()
+        run = loop_without_data(model, [(batch, 3, size, size) for size in [224] * 2 + [96] * local_crops])
+        with Counter() as counter:
+            counter.hold([*model.parameters(), *model.buffers(), head.dictionary.data])
+            backward_of_joint_batch(run, [None] * parts, step=1)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         with Counter() as update:
             optimizer.step()
-        alive = max(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
-    return np.array(counter.operations + update.operations), alive, model
+    parameters = sum(p.numel() for p in model.parameters())
+    return np.array(counter.operations + update.operations), counter.peak, parameters, backbone.embed_dim
+
+
+def loop_without_data(model, shapes):
+    """What of a main_cplearn.Run a step needs that is not logged, with views of these shapes."""
+    return SimpleNamespace(
+        args=SimpleNamespace(seed=0, precision="bf16"),
+        device=torch.device("cpu"),
+        model=model,
+        first_half=FirstHalf(model.backbone, model.objective, "bf16"),
+        second_half=model.objective,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        loader=SimpleNamespace(augment=lambda batch, device: [torch.empty(shape) for shape in shapes]),
+        log=SimpleNamespace(first_step=0),
+        watch=SimpleNamespace(step=0, progress=lambda step: None),
+    )
 
 
 def fused_attention():
@@ -281,17 +397,31 @@ def count_augmentation(local_crops, batch=16):
 
 
 class Counter(TorchDispatchMode):
-    """operations: [(FLOP in bf16, FLOP in float32, bytes)], views and allocations left out."""
+    """operations: [(FLOP in bf16, FLOP in float32, bytes)], views and allocations left out.
+
+    alive, peak: bytes of tensors that were made here or given to `hold`, and are not yet freed; the most of them."""
 
     def __init__(self):
         super().__init__()
-        self.operations = []
+        self.operations, self.alive, self.peak, self.held = [], 0, 0, WeakIdKeyDictionary()
+
+    def hold(self, tensors):
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage not in self.held:
+                self.held[storage] = size = storage.nbytes()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.free, size)
+
+    def free(self, size):
+        self.alive -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         given, made = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in ((args, kwargs), out))
         known = {x.untyped_storage()._cdata for x in given}
         new = [x for x in made if x.untyped_storage()._cdata not in known]
+        self.hold(new)
         if (new or function._schema.is_mutable) and "empty" not in function.__name__:
             moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in given + made)
             flops = count_flops(function, args, kwargs or {}, out)
@@ -309,8 +439,16 @@ ATTENTION = {  # the CPU's fused kernels -> those whose formulas torch has
 
 
 def count_flops(function, args, kwargs, out):
-    formula = flop_registry.get(ATTENTION.get(function.overloadpacket, function.overloadpacket))
-    return formula(*args, **kwargs, out_val=out) if formula else 0
+    return flop_registry[packet(function)](*args, **kwargs, out_val=out) if is_product(function) else 0
+
+
+def is_product(function):
+    """Whether an operation of PyTorch's is a product of matrices, a convolution or fused attention."""
+    return packet(function) in flop_registry
+
+
+def packet(function):
+    return ATTENTION.get(function.overloadpacket, function.overloadpacket)
 
 
 if __name__ == "__main__":

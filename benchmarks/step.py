@@ -1,23 +1,32 @@
-"""What one training step costs: milliseconds, images/s, launches, the GPU's busy time; and which part takes what.
+"""What one training step costs: time, images/s, memory; which part takes what; what its matrix products take alone.
 
-    python -m benchmarks.step --device cuda                        # a ViT-S, 256 images, in the forms of FORMS
-    python -m benchmarks.step --repeats 2 --forms plain -- --arch vit_tiny --img_size 64 --batch_size_per_gpu 8
+    python -m benchmarks.step                 # a ViT-S of 2 x 224 px: 256 images on a GPU in all FORMS, 8 on a CPU
+    python -m benchmarks.step --arch vit_tiny vit_small vit_base --batch_size 4 --local_crops 8 --out_dim 16384
+    python -m benchmarks.step --arch vit_large --batch_size 2 -- --grad_checkpointing --accum_steps 2
 
-Flags after -- are main_cplearn.py's, for every form. One batch of random pictures stays in memory and is augmented anew
-in each step, as in training; nothing is saved. Launches and the GPU's busy time are 0 on a CPU; where the GPU is busy
-for much less than the step takes, the step waits for Python to launch kernels. Prints tables in markdown.
+Flags after -- are main_cplearn.py's, for every row. One batch of random pictures stays in memory and is augmented anew
+in each step, as in training; nothing is saved. Prints tables in markdown.
 
-Parts are timed in steps whose batches come from the data workers. On a GPU a part lasts from when the GPU comes to it
-until it comes to the next: data wait is then what the GPU waits. Operations are calls of PyTorch's kernels, on any
-device, without views and without what kernels call.
+memory: the most that the run had at once; on a CPU resident memory above what the process had before its first run.
+gpu waits: 1 - busy / step, the share of the step in which no kernel runs; it waits for Python to launch the next one.
+floor: the matrix products (and convolutions, fused attention) of backbone, head and loss, forward and backward, called
+once more alone, with random numbers of the shapes, strides and dtypes that they have in the step; on a GPU, how long
+their kernels run. gflop: their floating-point operations. Triton's kernels are none of PyTorch's and left out of both.
+
+Parts are timed in steps whose batches come from the data workers. A share is of the GPU's time; on a CPU of the
+process's CPU time, which other processes change least (with OMP_NUM_THREADS=1: nothing in it waits). On a GPU a part
+lasts from when the GPU comes to it until it comes to the next: data wait is then what the GPU waits. Operations are
+calls of PyTorch's kernels, on any device, without views and without what kernels call.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
@@ -29,69 +38,98 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import main_cplearn
 from benchmarks.head import machine
+from benchmarks.recipes import count_flops, is_product
 from monitor import RunLog, memory_mb
+from utils import PRECISIONS, positive
 from watch import Watch
 
-MODEL = ["--arch", "vit_small", "--batch_size_per_gpu", "256", "--precision", "bf16", "--num_workers", "4"]
 FORMS = {
-    "plain": [],
+    "plain": ["--no-compile"],
     "compiled": ["--compile"],
     "tiled": ["--head_impl", "tiled"],
     "triton": ["--head_impl", "triton"],
     "triton, 1M codes as bits": ["--head_impl", "triton", "--out_dim", "1048576", "--codes_storage", "bits"],
 }
-COLUMNS = {"step_ms": ".2f", "images_per_s": ".0f", "augment_ms": ".2f", "launches": ".0f", "gpu_ms": ".2f"}
-COLUMNS |= {"memory_mb": ".0f"}
+COLUMNS = {"step_ms": ".2f", "images_per_s": ".1f", "augment_ms": ".2f", "memory_mb": ".0f", "gflop": ".0f"}
+COLUMNS |= {"floor_ms": ".2f"}
+ON_GPU = {"gpu_ms": ".2f", "gpu_waits": ".1%", "launches": ".0f"}  # columns
 PROFILED = 3  # steps
 PARTS = ["data wait", "transfer", "augmentation", "teacher, samples", "backbone forward", "head and loss", "backward"]
 PARTS += ["clip and update", "rest"]
+LOADING = PARTS[:3]
+FLOOR = "floor: matrix products alone"
 END = "end of a part"  # its name among the profiler's events
 
 
 def get_parser():
     parser = argparse.ArgumentParser("benchmarks.step", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="(default: all; triton on a GPU alone)")
-    add("--repeats", type=int, default=30, help="timed steps, after half as many and 3 (default 30)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    add("--arch", nargs="+", default=["vit_small"], metavar="NAME", help="a row each (default vit_small)")
+    add("--batch_size", type=positive(int), help="images (default: 8 on a CPU, 256 on a GPU)")
+    add("--local_crops", type=int, default=0, help="of 96 px, beside two of 224 px (default 0)")
+    add("--out_dim", type=positive(int), default=65536, help="codes K (default 65536)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="(default bf16)")
+    add("--forms", nargs="+", choices=FORMS, help="a row each (default: plain on a CPU, all on a GPU)")
+    add(
+        "--repeats", type=positive(int), help="timed steps, after half as many and 3 (default: 5 on a CPU, 30 on a GPU)"
+    )
     add("--output", type=Path, help="JSON file (default: none)")
     add("words", nargs="*", help="flags of main_cplearn.py, after --")
     return parser
 
 
 def main(args):
-    rows = {}
-    print("| " + " | ".join(["form", *COLUMNS]) + " |\n|" + "---|" * (1 + len(COLUMNS)))
-    for name in args.forms:
-        if args.device == "cpu" and "triton" in name:
+    fit_to_device(args)
+    columns = COLUMNS | (ON_GPU if args.device == "cuda" else {})
+    print("| " + " | ".join(["form", *columns]) + " |\n|" + "---|" * (1 + len(columns)))
+    rows, before = {}, memory_mb(torch.device(args.device))
+    for arch, form in itertools.product(args.arch, args.forms):
+        if args.device == "cpu" and "triton" in form:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = measure(args, FORMS[name], Path(folder))
-        cells = [format(rows[name][key], digits) for key, digits in COLUMNS.items()]
-        print("| " + " | ".join([name, *cells]) + " |", flush=True)
+            row = measure(args, ["--arch", arch, *FORMS[form]], Path(folder))
+        row["memory_mb"] -= before
+        name = f"{row['flags']['arch']}, {form}"
+        rows[name] = row
+        print(
+            "| " + " | ".join([name, *(format(row[key], digits) for key, digits in columns.items())]) + " |", flush=True
+        )
     for name, row in rows.items():
-        print_parts(name, row["parts"])
+        print_parts(name, row["parts"], row["floor"])
     if args.output:
-        record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
+        record = {"command": sys.orig_argv[1:], "machine": machine(), "device": args.device, "results": rows}
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def fit_to_device(args):
+    """Fill in the defaults that depend on the device: on a laptop's CPU the table takes a minute or two."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = args.device == "cpu"
+    args.batch_size = args.batch_size or (8 if on_cpu else 256)
+    args.repeats = args.repeats or (5 if on_cpu else 30)
+    args.forms = args.forms or (["plain"] if on_cpu else list(FORMS))
+
+
 def measure(args, form, folder):
-    """{figure: number} of one form of the step; its parts: {part: {figure: number}}."""
+    """{figure: number} of one form of the step; its parts: {part: {figure: number}}; its flags."""
+    forget_peak(args.device)
     run = started(args, form, folder)
     loaded = itertools.chain.from_iterable(run.loader.steps(epoch, 0, sys.maxsize) for epoch in itertools.count())
     batches = next(loaded)
     untimed = 3 + args.repeats // 2
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of the form before
     try:
         timed(run, lambda step: main_cplearn.train_one_step(run, batches, step), untimed)
         seconds = timed(run, lambda step: main_cplearn.train_one_step(run, batches, step), args.repeats)
+        memory = memory_mb(run.device)
         augmenting = timed(run, lambda step: run.loader.augment(batches[0], run.device), args.repeats)
         counts, busy = profiled(run, itertools.repeat(batches))
+        floor, gflop = timed_products(run, products(run, batches), args.repeats)
         timed(run, lambda step: main_cplearn.train_one_step(run, next(loaded), step), untimed)
         times = timed_parts(run, loaded, args.repeats)
     finally:
@@ -99,15 +137,39 @@ def measure(args, form, folder):
         dist.destroy_process_group()
     parts = {part: times[part] | counts[part] for part in PARTS}
     launches = sum(figures["launches"] for figures in parts.values())
-    found = {"step_ms": 1e3 * seconds, "augment_ms": 1e3 * augmenting, "gpu_ms": busy, "launches": launches}
-    found |= {"images_per_s": run.effective_batch / seconds, "memory_mb": memory_mb(run.device)}
-    return found | {"parts": parts}
+    found = {"step_ms": 1e3 * seconds, "images_per_s": run.effective_batch / seconds, "augment_ms": 1e3 * augmenting}
+    found |= {
+        "memory_mb": memory,
+        "gflop": gflop,
+        "floor_ms": floor.get("wall_ms", floor.get("gpu_ms")),
+        "launches": launches,
+    }
+    found |= {"gpu_ms": busy, "gpu_waits": 1 - busy / (1e3 * seconds)}
+    return found | {"parts": parts, "floor": floor, "flags": vars(run.args)}
+
+
+def forget_peak(device):
+    """From here on `memory_mb` tells the most since."""
+    gc.collect()  # the row before
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():  # Linux; elsewhere the peak of earlier rows stays
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def started(args, form, folder):
     """A run before its first step."""
-    words = [*MODEL, *args.words, *form, "--device", args.device, "--dataset", "imagefolder"]
-    words += ["--data_path", str(folder / "pictures"), "--output_dir", str(folder / "run")]
+    words = [
+        "--batch_size_per_gpu",
+        args.batch_size,
+        "--local_crops_number",
+        args.local_crops,
+        "--out_dim",
+        args.out_dim,
+    ]
+    words += ["--precision", args.precision, "--num_workers", max(1, (os.cpu_count() or 1) - 1)]
+    words += ["--dataset", "imagefolder", "--data_path", folder / "pictures", "--output_dir", folder / "run"]
+    words = [*map(str, words), *form, *args.words, "--device", args.device]
     settings = main_cplearn.get_args_parser().parse_args(words)
     write_pictures(folder / "pictures", settings.batch_size_per_gpu * settings.accum_steps)
     run = main_cplearn.build_run(settings)
@@ -194,9 +256,9 @@ def transferred(batch, device):
 def timed_parts(run, batches, steps):
     """{part: milliseconds of a step}."""
     if run.device.type == "cpu":
-        parts = Parts(run, lambda: (time.perf_counter(), time.process_time()))
+        parts = Parts(run, lambda: (time.process_time(), time.perf_counter()))
         parts.steps(batches, steps)
-        return parts.means(1e3 * np.array(parts.readings), ["wall_ms", "cpu_ms"], steps)
+        return parts.means(1e3 * np.array(parts.readings), ["cpu_ms", "wall_ms"], steps)
     parts = Parts(run, lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
     parts.steps(batches, steps)
     wait_for(run.device)
@@ -210,16 +272,20 @@ def profiled(run, batches):
     with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         parts.steps(batches, PROFILED)
         wait_for(run.device)
-    on_device, events = [], []  # of all threads: on a GPU the backward pass has its own
-    for event in profiler.events():
-        (on_device if event.device_type == torch.autograd.DeviceType.CUDA else events).append(event)
-    busy = sum(event.self_device_time_total for event in on_device if not event.is_user_annotation)
+    # of all threads: on a GPU the backward pass has its own
+    events = [event for event in profiler.events() if event.device_type != torch.autograd.DeviceType.CUDA]
     ends, *starts = (
         np.sort([event.time_range.start for event in events if chosen(event)])
         for chosen in (lambda event: event.name == END, lambda event: "LaunchKernel" in event.name, is_operation)
     )
     totals = np.stack([np.searchsorted(times, ends) for times in starts], axis=1)
-    return parts.means(totals, ["launches", "operations"], PROFILED), busy / 1e3 / PROFILED
+    return parts.means(totals, ["launches", "operations"], PROFILED), busy_ms(profiler) / PROFILED
+
+
+def busy_ms(profiler):
+    """How long kernels ran on the GPU."""
+    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in on_gpu if not event.is_user_annotation) / 1e3
 
 
 def is_operation(event):
@@ -241,14 +307,84 @@ def is_kernel(name):
     return any(op.name() in known and not op.is_view and not op.name().endswith("out") for op in overloads)
 
 
-def print_parts(form, parts):
+def print_parts(form, parts, floor):
     """A share is of the first column, which is time."""
     columns = list(parts["rest"])
     total = {column: sum(figures[column] for figures in parts.values()) for column in columns}
     print("\n| " + " | ".join([f"{form}: part", "share", *columns]) + " |\n|" + "---|" * (2 + len(columns)))
-    for part, figures in (parts | {"step": total}).items():
+    for part, figures in (parts | {"step": total, FLOOR: floor}).items():
         cells = [format(figures[column], ".2f" if column.endswith("_ms") else ".0f") for column in columns]
         print("| " + " | ".join([part, f"{figures[columns[0]] / total[columns[0]]:.1%}", *cells]) + " |")
+
+
+# ---- what the matrix products take alone ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """All of a tensor that its product's time depends on."""
+
+    shape: tuple
+    strides: tuple
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor):
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    def tensor(self):
+        """With random numbers, where the strides say."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        numbers = torch.randn(max(size, 0), device=self.device).to(self.dtype)
+        return numbers.as_strided(self.shape, self.strides) if size > 0 else numbers.view(self.shape)
+
+
+class Products(TorchDispatchMode):
+    """calls: [(function, args, kwargs)] of products while `now()`, with sketches in the place of tensors.
+
+    flop: floating-point operations of them all."""
+
+    def __init__(self, now):
+        super().__init__()
+        self.now, self.calls, self.flop = now, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if is_product(function) and self.now():
+            self.calls.append((function, *tree_map_only(torch.Tensor, Sketch.of, (args, kwargs or {}))))
+            self.flop += count_flops(function, args, kwargs or {}, out)
+        return out
+
+
+def products(run, batches):
+    """The Products of one step, without those of the augmentation."""
+    parts = Parts(run, lambda: None)
+    with Products(lambda: parts.entered[-1] not in LOADING) as found:
+        parts.steps(itertools.repeat(batches), 1)
+    return found
+
+
+@torch.no_grad()
+def timed_products(run, found, repeats):
+    """({figure: number} of the products alone, their GFLOP)."""
+    tensors = functools.cache(Sketch.tensor)
+    calls = [(function, *tree_map_only(Sketch, tensors, given)) for function, *given in found.calls]
+
+    def multiply(step):
+        for function, args, kwargs in calls:
+            function(*args, **kwargs)
+
+    timed(run, multiply, 1)
+    if run.device.type == "cpu":
+        start = time.process_time()
+        wall_ms = 1e3 * timed(run, multiply, repeats)
+        times = {"cpu_ms": 1e3 * (time.process_time() - start) / repeats, "wall_ms": wall_ms}
+    else:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            timed(run, multiply, repeats)
+        times = {"gpu_ms": busy_ms(profiler) / repeats}
+    return times | {"launches": 0, "operations": len(calls)}, found.flop / 1e9
 
 
 def write_pictures(folder, count):

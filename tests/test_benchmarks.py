@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import main_cplearn
@@ -161,6 +162,7 @@ def test_the_peak_of_a_step_is_counted_and_what_was_there_is_not():
 
 # ---- the step and its parts ------------------------------------------------------------------------------------------
 
+TINY_IMAGES = ["--img_size", "32", "--num_workers", "0", "--local_crops_size", "16"]
 SMALL_STEP = ["--arch", "vit_tiny", "--img_size", "32", "--batch_size_per_gpu", "4", "--out_dim", "64"]
 
 
@@ -170,6 +172,7 @@ def started(tmp_path):
 
     def started(*words):
         args = step_benchmark.get_parser().parse_args(["--", *SMALL_STEP, "--num_workers", "0", *words])
+        step_benchmark.fit_to_device(args)
         opened.append(step_benchmark.started(args, [], tmp_path))
         return opened[0], next(opened[0].loader.steps(0))
 
@@ -180,16 +183,75 @@ def started(tmp_path):
 
 
 def test_the_step_has_a_table_and_each_form_one_of_its_parts(capsys, tmp_path):
-    words = ["--repeats", "1", "--forms", "plain", "triton", "--output", str(tmp_path / "step.json")]
+    words = ["--device", "cpu", "--repeats", "1", "--forms", "plain", "triton", "--output", str(tmp_path / "step.json")]
     words += ["--", *SMALL_STEP, "--num_workers", "1", "--accum_steps", "2"]
     step_benchmark.main(step_benchmark.get_parser().parse_args(words))
     said = capsys.readouterr().out
-    assert re.findall(r"^\| (\w+) \|(?: [\d.]+ \|){6}$", said, re.MULTILINE) == ["plain"]  # triton: on a GPU
-    result = json.loads((tmp_path / "step.json").read_text())["results"]["plain"]
-    table = said[said.index("plain: part") :].splitlines()[2:12]
-    assert [line.split(" | ")[0][2:] for line in table] == [*step_benchmark.PARTS, "step"]
+    rows = re.findall(r"^\| (.*) \|(?: [\d.]+ \|){6}$", said, re.MULTILINE)
+    assert rows == ["vit_tiny, plain"]  # triton: on a GPU
+    result = json.loads((tmp_path / "step.json").read_text())["results"]["vit_tiny, plain"]
+    table = said[said.index("plain: part") :].splitlines()[2:13]
+    assert [line.split(" | ")[0][2:] for line in table] == [*step_benchmark.PARTS, "step", step_benchmark.FLOOR]
+    assert 0 < result["floor"]["cpu_ms"] < sum(figures["cpu_ms"] for figures in result["parts"].values())
+    assert (result["flags"]["accum_steps"], result["flags"]["out_dim"]) == (2, 64)
     assert result["step_ms"] > 0 and result["images_per_s"] > 0 and result["memory_mb"] > 0
     assert result["parts"]["backward"]["wall_ms"] > result["parts"]["transfer"]["wall_ms"]
+
+
+def test_sizes_are_flags_and_each_network_has_a_row(capsys, monkeypatch):
+    counts = {part: {"launches": 0, "operations": 0} for part in step_benchmark.PARTS}
+    monkeypatch.setattr(step_benchmark, "profiled", lambda run, batches: (counts, 0))  # takes seconds
+    words = (
+        "--device cpu --arch resnet8 vit_tiny --batch_size 2 --local_crops 1 --out_dim 32 --precision fp32 --repeats 1"
+    )
+    step_benchmark.main(step_benchmark.get_parser().parse_args([*words.split(), "--", *TINY_IMAGES]))
+    said = capsys.readouterr().out
+    assert re.findall(r"^\| (\w+), plain \|", said, re.MULTILINE) == ["resnet8", "vit_tiny"]
+
+
+def test_what_is_not_said_follows_the_device(monkeypatch):
+    def filled(*words):
+        args = step_benchmark.get_parser().parse_args(words)
+        step_benchmark.fit_to_device(args)
+        return args.device, args.batch_size, args.repeats, args.forms
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert filled() == ("cuda", 256, 30, list(step_benchmark.FORMS))
+    assert filled("--device", "cpu") == ("cpu", 8, 5, ["plain"])
+    assert filled("--batch_size", "64", "--forms", "tiled") == ("cuda", 64, 30, ["tiled"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert filled()[0] == "cpu"
+
+
+def test_products_are_those_of_forward_and_backward(started):
+    run, batches = started("--device", "cpu", "--precision", "fp32", "--drop_path_rate", "0", "--head_impl", "dense")
+    found = step_benchmark.products(run, batches)
+    images, tokens, width, codes = 4, 5, 192, 64  # two views of 32 px: 4 patches and the class token
+    weights = 12 * 12 * tokens * width**2  # multiply-adds of one image
+    attention = 12 * 2 * tokens**2 * width
+    patches = 4 * 3 * 16**2 * width  # the pixels have no gradient
+    head = width**2
+    codes *= width  # frozen: no gradient; and one product for the first view's codes
+    per_image = 3 * (weights + attention + head) + 2 * patches + 2 * codes
+    assert found.flop == 2 * images * (2 * per_image + codes)
+
+
+def test_the_floor_calls_the_products_as_the_step_did(started):
+    run, batches = started("--device", "cpu", "--accum_steps", "2")
+    found = step_benchmark.products(run, batches)
+    with step_benchmark.Products(lambda: True) as again:
+        times, gflop = step_benchmark.timed_products(run, found, 1)
+    assert again.calls == 2 * found.calls  # one untimed round
+    assert again.flop == 2 * found.flop == 2e9 * gflop and times["operations"] == len(found.calls) > 200
+    assert {sketch.dtype for sketch in tree_leaves(found.calls) if isinstance(sketch, step_benchmark.Sketch)} == {
+        torch.bfloat16, torch.float32
+    }  # fmt: skip
+
+
+def test_a_sketch_has_the_memory_of_its_tensor():
+    for tensor in (torch.ones(3, 5).T, torch.ones(4, 1).expand(4, 6), torch.ones(0, 3), torch.ones(2, 8)[:, ::2]):
+        sketch = step_benchmark.Sketch.of(tensor.to(torch.bfloat16))
+        assert step_benchmark.Sketch.of(sketch.tensor()) == sketch
 
 
 def test_a_part_that_sleeps_is_longer_and_no_other(started, monkeypatch):

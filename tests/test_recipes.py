@@ -18,6 +18,7 @@ from benchmarks import recipes
 from benchmarks.recipes import A100, REACHED, Counter, Step, fused_attention, least_seconds
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn, CPLearnHead
+from utils import UserError
 
 PAGE = Path(main_cplearn.__file__).parent / "docs" / "recipes.md"
 TOKENS, PATCH = 197, 3 * 16 * 16  # of an image of 224 px: 14 x 14 patches and the class token; values in a patch
@@ -25,7 +26,7 @@ TOKENS, PATCH = 197, 3 * 16 * 16  # of an image of 224 px: 14 x 14 patches and t
 
 @pytest.fixture(scope="module")
 def step():
-    return Step.of("vit_tiny", 1024, 0, False, sizes=(8, 16))
+    return Step("vit_tiny", 1024)
 
 
 def forward_by_hand(dim, depth=12):
@@ -65,12 +66,13 @@ def test_training_flops_by_hand(step):
     weights, attention = forward_by_hand(dim)
     backbone = 3 * weights + 2 * (TOKENS - 1) * PATCH * dim + attention * (2 + 5) / 2
     loss = views * 2 * dim * codes + dim * codes  # the codes are frozen; and one product to find each image's code
-    assert step.operations(1)[:, :2].sum() == pytest.approx(2 * (views * (backbone + 3 * dim**2) + loss), rel=1e-6)
+    per_image = 2 * (views * (backbone + 3 * dim**2) + loss)
+    assert step.counted(2)[0][:, :2].sum() == pytest.approx(2 * per_image, rel=1e-6)
     assert recipes.loss_flops(dim, codes, views) == 2 * loss
 
 
 def test_products_of_the_backbone_are_bf16_those_of_the_head_float32(step):
-    tensor, single, _ = step.operations(1).sum(axis=0)
+    tensor, single, _ = step.counted(2)[0].sum(axis=0) / 2
     assert single == pytest.approx(2 * 2 * 3 * 192**2 + recipes.loss_flops(192, 1024, 2), rel=1e-6)
     assert tensor > 100 * single
 
@@ -103,23 +105,65 @@ def bytes_saved(batch):
 
 @pytest.mark.slow
 def test_other_batches_lie_on_the_line(step):
-    operations, alive, _ = recipes.count_step("vit_tiny", 1024, 0, False, 24)
-    assert step.operations(24) == pytest.approx(operations)
-    assert step.at(step.alive, 24) == pytest.approx(alive, rel=0.01)
+    first = recipes.SIZES[0]
+    assert step.counted(24)[1] == pytest.approx(step.counted(first)[1] + (24 - first) * step.slope, rel=0.01)
 
 
 def test_largest_batch_fits_and_the_next_does_not(step):
-    batch = step.largest_batch(40e9)
-    assert step.memory(batch, 8) < 40e9 < step.memory(batch + 8, 8)
+    batch = step.largest_batch(4e9)
+    assert step.memory(batch, 8) < 4e9 < step.memory(batch + 8, 8)
 
 
 def test_checkpointing_saves_memory_and_costs_a_forward_pass(step):
-    operations, alive, _ = recipes.count_step("vit_tiny", 1024, 0, True, step.sizes[0])
-    assert alive < 0.5 * step.alive[0]
+    checkpointed = Step("vit_tiny", 1024, recomputes=True)
+    assert checkpointed.counted(32)[1] < 0.5 * step.counted(32)[1]
     weights, attention = forward_by_hand(192)
     weights -= 4 * TOKENS * 192**2  # the first block drops no path, and nothing needs its last product again
-    more = operations[:, :2].sum() - step.counted[0][:, :2].sum()
-    assert more == pytest.approx(step.sizes[0] * 2 * 2 * (weights + attention), rel=1e-6)
+    more = checkpointed.counted(32)[0][:, :2].sum() - step.counted(32)[0][:, :2].sum()
+    assert more == pytest.approx(32 * 2 * 2 * (weights + attention), rel=1e-6)
+
+
+def test_micro_batches_cost_a_forward_pass_and_save_the_graphs_of_all_but_one(step):
+    flops = {parts: step.counted(32, parts)[0][:, :2].sum() for parts in (1, 2)}
+    again = 2 * 2 * 32 * (sum(forward_by_hand(192)) + (TOKENS - 1) * PATCH * 192)
+    assert flops[2] == pytest.approx(2 * flops[1] + again, rel=1e-6)
+    one, two, three = (step.counted(32, parts)[1] for parts in (1, 2, 3))
+    assert one < two <= three < 1.1 * one < 0.5 * step.counted(96)[1]
+
+
+def test_tensors_are_alive_until_they_are_freed():
+    with Counter() as counter:
+        kept = torch.ones(1000)
+        kept + 1
+        view = kept[10:]
+        del kept
+        assert (counter.alive, counter.peak) == (4000, 8000)
+        del view
+    assert (counter.alive, counter.peak) == (0, 8000)
+
+
+def test_on_a_gpu_the_same_is_alive_after_the_forward_pass(monkeypatch):
+    """The whole step is counted with a CPU's fake tensors, as autograd's threads of a GPU need a GPU; autocast and
+    attention are a GPU's here."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    alive = {"cpu": alive_after_forward("cpu")}
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v: flash(q, k, v)[0])
+    alive["cuda"] = alive_after_forward("cuda")
+    assert alive["cuda"] == pytest.approx(alive["cpu"], rel=0.001) and alive["cuda"] > 100e6
+
+
+def alive_after_forward(device):
+    with torch.device("meta"):
+        backbone = build_backbone("vit_tiny", drop_path_rate=None)
+    with fused_attention(), FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        backbone = backbone.to_empty(device=device)
+        first_half = FirstHalf(backbone, CPLearn(CPLearnHead(192, 1024)), "bf16")
+        with Counter() as counter:
+            rows = first_half([torch.empty(8, 3, size, size) for size in (224, 224, 96, 96)])
+        assert all(row.requires_grad for row in rows)  # their graph is alive
+        return counter.alive
 
 
 # FLOP/s of half-precision products with float32 sums, and bytes/s, from NVIDIA's GA102 whitepaper; images/s and batch
@@ -149,13 +193,57 @@ def test_gradients_are_all_reduced_in_float32(step):
 
 
 def test_a_slow_loader_is_the_limit(step, monkeypatch):
-    monkeypatch.setattr(Step, "of", lambda *args: step)
     monkeypatch.setattr(recipes, "CORES", 1)
     args = recipes.get_parser().parse_args(["--epochs", "10000"])
     row = recipes.plan(args, "vit_tiny", 1024, 5120, 512, 8)
     assert (row["limit"], row["images/s"]) == ("loader", 8 * 300)
     assert row["hours"] == round(10000 * 5120 / 2400 / 3600, 1)
     assert row["lr at peak"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("card", "flags", "found"),
+    [
+        (80, [], (False, 64, 1)),
+        (80, ["--grad_checkpointing"], (True, 64, 1)),
+        (40, [], (False, 32, 2)),  # costs a sixth more
+        (20, [], (False, 16, 4)),  # a quarter more
+        (6, [], (True, 64, 1)),  # 16 micro-batches would cost 4.10 s, recomputing costs 4.01
+        (3, [], (False, 2, 32)),
+        (1.5, [], (True, 16, 4)),
+    ],
+)
+def test_the_quickest_that_fits_is_chosen(monkeypatch, card, flags, found):
+    """An image takes a GB, recomputed 0.09; a forward pass 1 s for all images, a micro-batch 0.01 s more."""
+    monkeypatch.setattr(
+        Step, "memory", lambda step, batch, num_gpus, parts: 1e9 * batch * (0.09 if step.recomputes else 1)
+    )
+    seconds = lambda step, batch, num_gpus, parts: 3 + step.recomputes + (parts - 1) / parts + 0.01 * parts  # noqa: E731
+    monkeypatch.setattr(Step, "seconds", seconds)
+    args = recipes.get_parser().parse_args(["--card", str(card), *flags])
+    step, *sizes = recipes.arrange(args, "vit_tiny", 1024, 64, 1)
+    assert (step.recomputes, *sizes) == found
+
+
+def test_a_model_that_fits_nowhere_is_refused():
+    args = recipes.get_parser().parse_args(["--card", "1"])
+    with pytest.raises(UserError, match=r"--card 1: not even two images of vit_tiny at once fit on it; see --budget"):
+        recipes.arrange(args, "vit_tiny", 1024, 2, 1)
+
+
+def test_the_budget_by_hand(capsys):
+    words = ["--budget", "--arch", "vit_tiny", "--out_dim", "1024", "--card", "1.5"]
+    recipes.main(recipes.get_parser().parse_args(words))
+    where, ways = tables_of(capsys.readouterr().out)
+    parameters = (5.52e6 + 192**2) / 1e9
+    assert where[0]["weights"] == where[0]["gradients (DDP's buckets)"] == round(4 * parameters, 2)
+    assert where[0]["AdamW's moments"] == round(8 * parameters, 2) and where[0]["codes"] == 0
+    assert where[0]["of it FSDP2 on 8 GPUs saves"] == pytest.approx(1.1 * 14 * parameters, abs=0.1)
+    assert where[0]["needs FSDP2 on 1.5 GB"] == "yes"
+    assert [row["flags"] for row in ways] == [
+        "none", "--accum_steps 4", "--grad_checkpointing", "--grad_checkpointing --accum_steps 4"
+    ]  # fmt: skip
+    assert ways[0]["GB"] > ways[1]["GB"] > ways[3]["GB"] and ways[0]["time"] == 1 < ways[2]["time"] < 1.4
 
 
 def test_checkpoint_has_the_size_that_is_said(tmp_path):
@@ -215,9 +303,13 @@ def test_commands_of_the_page_parse_and_fit_its_tables():
 
 
 def page_tables():
-    """Tables of the page: lists of {column: number or word}."""
+    return tables_of(PAGE.read_text())
+
+
+def tables_of(text):
+    """Tables of a page: lists of {column: number or word}."""
     tables = []
-    for block in re.findall(r"(?:^\|.*\n)+", PAGE.read_text(), re.M):
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         header, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
         tables.append([dict(zip(header, map(number, row), strict=True)) for row in rows])
     return tables
