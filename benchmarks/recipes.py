@@ -266,9 +266,9 @@ def checkpoint_bytes(parameters, dim, num_codes):
 
 def loss_flops(dim, num_codes, num_views):
     """FLOP per image of the dense loss, which --head_impl auto takes on a GPU: per view one product with the codes and,
-    as they are frozen, one in the backward pass, and one for the images' codes; 2 F K each, in float32. Without B x K
-    arrays (tiled, triton) two views take 4 or, with other processes, 5, in bf16 (fused_loss.py)."""
-    return (2 * num_views + 1) * 2 * dim * num_codes
+    as they are frozen, one in the backward pass; 2 F K each, in float32. Without B x K arrays (tiled, triton) two views
+    take 4 or, with other processes, 5, in bf16 (fused_loss.py)."""
+    return 2 * num_views * 2 * dim * num_codes
 
 
 def table(rows):
