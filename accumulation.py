@@ -13,6 +13,7 @@ process are M processes, with drop path, pixel noise and all. `run` is main_cple
 import contextlib
 import itertools
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones import compile_backbone
 from monitor import plot_views
+from objective import features_of_views
 from utils import PRECISIONS, RunFailed, UserError, rank, reaching_peers, seed_everything, world_size
 
 # places of draws that no seed of (seed, step, rank) has: numpy pads with zeros, (seed, step) is (seed, step, 0)
@@ -74,7 +77,37 @@ def views_of(run, batches, step, m):
     """V x (B, C, h, w) of micro-batch m, which draws as process rank * M + m of a run without micro-batches would."""
     # drop path and pixel noise: functions of the step, not histories
     seed_everything(run.args.seed, step, rank() * len(batches) + m)
-    return run.loader.augment(batches[m], run.device)
+    return run.ahead(lambda: run.loader.augment(batches[m], run.device))
+
+
+class Ahead:
+    """Makes views on a stream of their own: the host is ahead of the GPU, which so makes the views of the next
+    micro-batch while it still trains on the last one. Elsewhere than on CUDA views are made when they are asked for.
+
+    Two sets of views are kept, in turn, so that a host far ahead needs no more memory. Whatever uses a set must have
+    been started before the next one is asked for: a micro-batch's backward pass before the next micro-batch."""
+
+    def __init__(self, device, memory_format=torch.contiguous_format):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.memory_format, self.sets, self.trained = memory_format, [None, None], None
+
+    def __call__(self, make):
+        if self.stream is None:
+            return make()
+        training = torch.cuda.current_stream()
+        trained_before, self.trained = self.trained, training.record_event()
+        with torch.cuda.stream(self.stream):
+            made, views = make(), self.sets.pop(0)
+            if trained_before is None or views is None:  # the first two times
+                views = [torch.empty_like(view, memory_format=self.memory_format) for view in made]
+            else:
+                self.stream.wait_event(trained_before)  # on what is to be written over
+            for view, new in zip(views, made, strict=True):
+                view.copy_(new)
+            ready = self.stream.record_event()
+        training.wait_event(ready)
+        self.sets.append(views)
+        return views
 
 
 def draws(run, step, place):
@@ -139,6 +172,25 @@ def wrap(half, device):
             broadcast_buffers=False,  # batch norm is synchronised, and the dictionary never changes
             gradient_as_bucket_view=True,
         )
+
+
+def compile_where_asked(args, backbone, *views):
+    """torch.compile where --compile says so, on CUDA unless --no-compile does; returns what the run says of it."""
+    if not (views[-1].type == "cuda" if args.compile is None else args.compile):
+        return ""
+    return f", {compile_backbone(backbone, partial(pass_through, backbone, args, *views))}"
+
+
+def pass_through(backbone, args, recipe, batch_size, memory_format, device):
+    """One forward and backward pass on black views, of the sizes and in the precision of a micro-batch."""
+    views = [
+        torch.zeros(batch_size, args.in_chans, group.size, group.size, device=device).to(memory_format=memory_format)
+        for group in recipe.view_groups()
+        for _ in group.views
+    ]
+    with autocast(views, args.precision):
+        features = features_of_views(backbone, views)
+    torch.stack(features).sum().backward()
 
 
 def refuse_batch_norm(args, backbone, accum_steps):

@@ -11,6 +11,7 @@ import argparse
 import difflib
 import functools
 import re
+from collections.abc import Callable
 
 import timm
 import torch
@@ -19,7 +20,7 @@ import torchvision
 from torch import nn
 
 import vision_transformer
-from utils import Number, UserError, positive
+from utils import Number, UserError, all_gather_rows, one_line, positive
 
 ARCHS = (*vision_transformer.ARCHS, "resnet8", "resnet18")
 RESNET8_WIDTH = 128  # Table 5 of arXiv 2410.04959 leaves it open: 128 in its runs, 256 for CIFAR-100
@@ -104,6 +105,54 @@ def check_crop_sizes(args, backbone):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--{flag} {size}: --arch {args.arch} cannot take such images: {reason}") from None
     backbone.train()
+
+
+def lay_out(backbone: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last, in place, for convolutional backbones on CUDA, where cuDNN then also tries its kernels at the
+    first step: sizes do not change. Returns how views should lie in memory."""
+    if device.type != "cuda" or sum(isinstance(part, nn.Conv2d) for part in backbone.modules()) < 2:
+        return torch.contiguous_format
+    torch.backends.cudnn.benchmark = True
+    backbone.to(memory_format=torch.channels_last)
+    return torch.channels_last
+
+
+def compile_backbone(backbone: nn.Module, try_it: Callable[[], None]) -> str:
+    """torch.compile, in place: of each block where the backbone is a row of blocks of one class, so that what is
+    compiled for one serves all; else of the whole. Names of parameters stay.
+
+    try_it: takes the backbone through a forward and a backward pass on images of the sizes that will come.
+    Returns how, in words. Where that fails on some process, say for want of a compiler, the backbone is on all of them
+    as it was, and the words say why.
+    """
+    blocks = getattr(backbone, "blocks", None)
+    kinds = set(map(type, blocks)) if isinstance(blocks, nn.Sequential) else set()
+    in_a_row = len(kinds) == 1 and nn.Sequential not in kinds  # a stage of blocks is unlike the next
+    parts = list(blocks) if in_a_row else [backbone]
+    # stochastic depth differs from block to block: above torch's own limit of 8 forms blocks would stay as they are
+    torch._dynamo.config.recompile_limit = 64
+    for part in parts:
+        part.compile(dynamic=None if in_a_row else False)  # torch 2.14 fails on a ConvNeXt for any size at once
+    failure = failure_of(try_it, backbone)
+    if all_gather_rows(torch.tensor([failure is None])).all():
+        return "compiled block by block" if in_a_row else "compiled"
+    for part in parts:
+        part._compiled_call_impl = None  # torch has no public way back
+    return f"not compiled, and slower: {failure or 'another process cannot'}"
+
+
+def failure_of(try_it, backbone):
+    """None where it works, else why not, in a line; the backbone's gradients and buffers stay as they were."""
+    buffers = [buffer.clone() for buffer in backbone.buffers()]
+    try:
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            try_it()
+    except Exception as error:
+        return one_line(f"{type(error).__name__}: {error}")
+    finally:
+        backbone.zero_grad()
+        for buffer, before in zip(backbone.buffers(), buffers, strict=True):  # batch norm's
+            buffer.data.copy_(before)
 
 
 def build_backbone(

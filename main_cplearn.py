@@ -32,8 +32,8 @@ from torch import nn
 
 import augmentation
 import data
-from accumulation import FirstHalf, backward_of_joint_batch, refuse_batch_norm, wrap
-from backbones import add_backbone_arguments, check_crop_sizes, new_backbone
+from accumulation import Ahead, FirstHalf, backward_of_joint_batch, compile_where_asked, refuse_batch_norm, wrap
+from backbones import add_backbone_arguments, check_crop_sizes, lay_out, new_backbone
 from batch_norm import convert_sync_batchnorm
 from checkpoint import (
     buffers_before_step,
@@ -138,8 +138,9 @@ def add_optimization_arguments(parser):
     add(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the backbone: pays on GPUs; on CPU a minute of compiling buys a few percent",
+        default=None,
+        help="torch.compile the backbone, block by block where it has blocks, at the start (default: on CUDA; on a CPU "
+        "a minute of compiling buys a few percent)",
     )
 
 
@@ -207,6 +208,8 @@ class Run:
     val_images: FolderImages | ArrayImages | None  # for k-NN
     lock: io.IOBase | None  # rank 0's, on the output folder; held until it is closed
     earlier: dict | None  # the checkpoint to go on from, until it is loaded
+    compiled: str  # what the run says of it
+    ahead: Ahead  # makes views
     recorder: Recorder = field(default_factory=Recorder)
     agreement: Agreement = field(default_factory=Agreement)
     log: RunLog = None
@@ -434,7 +437,7 @@ def describe(run, step):
     say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
         f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
     say(f"backbone: {args.arch}, D = {model.backbone.embed_dim}, "
-        f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters")  # fmt: skip
+        f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters{run.compiled}")  # fmt: skip
     for text in model.objective.describe():
         say(text)
     say(
@@ -514,8 +517,8 @@ def build_run(args):
     if accum_steps > 1:
         refuse_batch_norm(args, model.backbone, accum_steps)
     model.to(device)
-    if args.compile:
-        model.backbone.compile()
+    memory_format = lay_out(model.backbone, device)
+    compiled = compile_where_asked(args, model.train().backbone, loader.recipe, batch_size, memory_format, device)
     return Run(
         args,
         device,
@@ -531,6 +534,8 @@ def build_run(args):
         val_images=val_images,
         lock=lock,
         earlier=earlier,
+        compiled=compiled,
+        ahead=Ahead(device, memory_format),
     )
 
 

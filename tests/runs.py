@@ -50,7 +50,7 @@ def flags(folder, output_dir, processes=1, **changes):
         "dataset": "imagefolder", "data_path": folder, "img_size": 32, "arch": "resnet8", "width": 16,
         "out_dim": 64, "batch_size_per_gpu": BATCH // processes, "epochs": 4, "warmup_epochs": 1, "precision": "fp32",
         "device": "cpu", "num_workers": 0, "log_every": 5, "saveckp_freq": 0, "save_every_minutes": 0,
-        "output_dir": output_dir,
+        "output_dir": output_dir, "no-compile": True,
     } | changes  # fmt: skip
     words = []
     for name, value in values.items():

@@ -1,5 +1,6 @@
 """M micro-batches make the step of the joint batch: value, gradients, statistics, order, draws, in spite of signals."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -257,3 +258,77 @@ def test_peak_memory_does_not_grow_with_micro_batches():
     args = accumulation_benchmark.get_parser().parse_args(["--batch", "16"])
     few, many = (float(accumulation_benchmark.in_own_process(args, parts)) for parts in (2, 16))
     assert many < 1.25 * few
+
+
+# ---- views ahead of the GPU ------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """torch.cuda's streams and events, which here note what is put on them; `run` then plays them in a given order."""
+
+    def __init__(self):
+        self.current, self.queues, self.done = "training", {"training": [], "ahead": []}, set()
+
+    def put(self, work):
+        self.queues[self.current].append(work)
+
+    def play(self, first):
+        """Run all that can be run of the stream `first`, then of the other, until both are empty."""
+        order = [first, next(name for name in self.queues if name != first)]
+        while any(self.queues.values()):
+            name = next(n for n in order if self.queues[n] and self.queues[n][0][0] <= self.done)
+            while self.queues[name] and self.queues[name][0][0] <= self.done:
+                _, work = self.queues[name].pop(0)
+                work()
+
+
+class Stream:
+    def __init__(self, streams, name):
+        self.streams, self.name = streams, name
+
+    def record_event(self):
+        event = object()
+        self.streams.queues[self.name].append((set(), lambda: self.streams.done.add(event)))
+        return event
+
+    def wait_event(self, event):
+        self.streams.queues[self.name].append(({event}, lambda: None))
+
+
+class LateTensor:
+    """A tensor whose content changes when a stream comes to it."""
+
+    def __init__(self, streams, value):
+        self.streams, self.value = streams, value
+
+    def copy_(self, other):
+        self.streams.put((set(), lambda: setattr(self, "value", other.value)))
+
+
+@pytest.mark.parametrize(
+    ("first", "broken"), [("training", None), ("ahead", None), ("ahead", "trained"), ("training", "ready")]
+)
+def test_views_are_neither_read_too_early_nor_overwritten_too_early(monkeypatch, first, broken):
+    """Whichever stream is faster; and without one of the two events, that is seen."""
+    streams = Streams()
+    training, own = Stream(streams, "training"), Stream(streams, "ahead")
+
+    @contextlib.contextmanager
+    def entered(stream):
+        streams.current = stream.name
+        yield
+        streams.current = "training"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: training)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch, "empty_like", lambda view, memory_format: LateTensor(streams, None))
+    if broken:
+        stream = {"trained": own, "ready": training}[broken]
+        monkeypatch.setattr(stream, "wait_event", lambda event: None)
+    ahead, read = accumulation.Ahead(torch.device("cuda")), []
+    for number in range(8):
+        views = ahead(lambda number=number: [LateTensor(streams, number)])
+        streams.put((set(), lambda view=views[0]: read.append(view.value)))
+    streams.play(first)
+    assert (read == list(range(8))) == (broken is None)

@@ -1,12 +1,13 @@
 """Backbones by name: shapes, the paper's table, and one-line errors."""
 
 import argparse
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from backbones import add_backbone_arguments, build_backbone
+from backbones import add_backbone_arguments, build_backbone, compile_backbone, lay_out
 from utils import UserError
 
 
@@ -108,3 +109,93 @@ def test_flags_build_the_default_backbone():
         del args.pretrained  # `pretrained.load_backbone` reads it
         assert build_backbone(**vars(args)).embed_dim == 384
     assert "vit_small" in parser.format_help()
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """[shape of the input] of each call of what torch.compile has compiled, which here leaves it as it is."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: noting(function, compiled))
+    return compiled
+
+
+def noting(function, compiled):
+    def run(*args, **kwargs):
+        compiled.append(args[0].shape)
+        return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arch", "said", "times"), [("vit_tiny", "compiled block by block", 12), ("test_vit", "block by block", 6),
+    ("test_convnext", "compiled", 1), ("resnet18", "compiled", 1), ("test_efficientnet", "compiled", 1)],
+)  # fmt: skip
+def test_a_backbone_is_compiled_by_blocks_or_whole(counting, arch, said, times):
+    model = build_backbone(arch, 32, 8, in_chans=3).train()
+    names, buffers = list(model.state_dict()), [buffer.clone() for buffer in model.buffers()]
+    x = torch.randn(4, 3, 32, 32)
+    expected = copy.deepcopy(model)(x)
+    assert compile_backbone(model, lambda: model(x).sum().backward()).endswith(said)
+    assert len(counting) == times and list(model.state_dict()) == names
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(buffer, before) for buffer, before in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(model(x), expected) and len(counting) == 2 * times
+
+
+def test_where_compiling_fails_the_backbone_runs_as_it_is(tmp_path):
+    """By a C++ compiler that is not there, found by torch's own compiler."""
+    model = build_backbone("resnet8", in_chans=1, width=4).train()
+    x = torch.randn(2, 1, 32, 32)
+    expected = model(x)
+    with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),), "force_disable_caches": True}):
+        said = compile_backbone(model, lambda: model(x).sum().backward())
+        assert said.startswith("not compiled, and slower: ") and "\n" not in said and len(said) < 300
+        assert torch.equal(model(x), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_backbone_of_more_forms_than_torch_compiles_is_said(monkeypatch):
+    model = build_backbone("test_vit", 32, in_chans=3).train()
+    x = torch.randn(2, 3, 32, 32)
+
+    def fail():
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("too many forms")
+
+    assert compile_backbone(model, fail) == "not compiled, and slower: FailOnRecompileLimitHit: too many forms"
+    assert model(x).shape == (2, model.embed_dim) and all(block._compiled_call_impl is None for block in model.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
+def test_what_is_compiled_computes_the_same(arch, grad_checkpointing):
+    model = build_backbone(arch, 32, grad_checkpointing=grad_checkpointing).train()
+    views = [torch.randn(2, 3, size, size) for size in (32, 64)]
+
+    def results():
+        features = [model(x) for x in views]
+        sum(f.square().sum() for f in features).backward()
+        found = [*features, *(p.grad.clone() for p in model.parameters())]
+        model.zero_grad()
+        return found
+
+    expected = results()
+    assert compile_backbone(model, results).startswith("compiled")
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "test_convnext", "vit_tiny"])
+def test_convolutions_on_a_gpu_have_channels_last_and_compute_the_same(monkeypatch, arch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    model, x = build_backbone(arch, 32, 8).eval(), torch.randn(2, 3, 32, 32)
+    expected, weight = model(x), next(p for p in model.parameters() if p.dim() == 4 and p.shape[2] > 1)
+    assert lay_out(model, torch.device("cpu")) == torch.contiguous_format and weight.is_contiguous()
+    memory_format = lay_out(model, torch.device("cuda"))
+    assert (memory_format == torch.channels_last) == (arch != "vit_tiny") == torch.backends.cudnn.benchmark
+    assert weight.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(model(x.contiguous(memory_format=memory_format)), expected, rtol=1e-4, atol=1e-5)

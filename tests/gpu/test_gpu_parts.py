@@ -1,5 +1,6 @@
 """Parts on the device against float64 on the CPU, against the CPU, or against torch's own."""
 
+import functools
 import math
 
 import pytest
@@ -8,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import batch_norm
+import utils
+from accumulation import Ahead
 from cplearn_head import code_temperature, cplearn_loss
 from dictionary import STORAGES, Dictionary, HadamardDictionary
 from fused_loss import fused_cplearn_loss
@@ -64,6 +67,27 @@ def test_augmentation_is_the_cpu_s(device, no_waits, recipe):
         views = loader.augment(batch, device)
     for view, on_cpu in zip(views, expected, strict=True):
         torch.testing.assert_close(view.cpu(), on_cpu, atol=0.05, rtol=0)  # a level of 255 may be rounded otherwise
+
+
+@pytest.mark.parametrize("recipe", ["dino", "small"])
+def test_views_made_ahead_are_the_views(device, recipe):
+    """Over 50 steps in which the GPU is behind the host: pixel noise is drawn in order, nothing is overwritten."""
+    device = torch.device(device)
+    loader = array_loader(photographs(), "--augmentation", recipe, "--local_crops_number", 2)
+    ahead, batches = Ahead(device), [next(iter(loader.epoch(epoch))) for epoch in range(50)]
+    side = 2048 if device.type == "cuda" else 2
+    square = torch.ones(side, side, device=device)
+
+    def sums(make):
+        found = []
+        for step, batch in enumerate(batches):
+            utils.seed_everything(0, step)
+            views = make(functools.partial(loader.augment, batch, device))
+            delay = sum((square @ square).mean() for _ in range(20)) * 0
+            found.append(torch.stack([view.double().square().sum() for view in views]) + delay)
+        return torch.stack(found).cpu()
+
+    assert torch.equal(sums(ahead), sums(lambda make: make()))
 
 
 def test_batch_norm_over_processes_is_torch_s(device, run_in_processes):

@@ -80,8 +80,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(trained, device, pictures,
     assert losses(tmp_path / "run")[-1] == pytest.approx(losses(undisturbed)[-1], rel=1e-2)
 
 
-def test_a_compiled_run_is_near_the_plain_one(trained):
-    assert_near(trained(compile=True, **FEW), trained(**FEW), 5e-3)
+@pytest.mark.parametrize("backbone", [{}, VIT, VIT | {"grad_checkpointing": True}], ids=["resnet8", "blocks", "again"])
+def test_a_compiled_run_is_near_the_plain_one(trained, device, backbone):
+    if device == "cpu" and backbone:
+        pytest.skip("takes minutes on a CPU; tests/test_backbones.py has smaller ones")
+    settings = FEW | backbone | {"local_crops_number": 2, "local_crops_size": 16}
+    assert_near(trained(compile=True, **settings), trained(**settings), 5e-3)
+
+
+def test_on_a_gpu_backbones_are_compiled(device, pictures, tmp_path):
+    words = flags(pictures, tmp_path / "run", device=device, **FEW | VIT | {"no-compile": None, "max_steps": 2})
+    assert ("compiled block by block" in run_to_end(words, tmp_path)) == (device == "cuda")
 
 
 @pytest.mark.parametrize("head_impl", ["dense", "triton"])
