@@ -442,25 +442,23 @@ def shift_matrix(start, size):
 
 
 def photometric(x, draws, group, recipe):
-    """Changes x, float32 (n, C, h, w) on [0, 1], in place, as draws, (n, NUM_DRAWS) on the host, say. Returns it.
-
-    Which images an operation applies to is known on the host: lists of indices go to the device, none comes back.
-    """
+    """Changes x, float32 (n, C, h, w) on [0, 1], in place, as draws, (n, NUM_DRAWS) on the host, say. Returns it."""
     view = np.repeat(np.minimum(group.views, 2), len(draws) // len(group.views))  # 2: any local view
     blur_sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, SIGMA]
     blur_sigma *= min(1, group.size / BLUR_SIZE)
-    color_jitter(x, draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength)
-    if x.shape[1] == 3:
-        change(x, draws[:, GRAY] < recipe.grayscale, grayscale)
-    change(x, draws[:, BLUR] < np.array(recipe.blur)[view], gaussian_blur, blur_sigma)
-    change(x, draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize)
-    return x
+    is_colour = x.shape[1] == 3
+    changes = list(color_jitter(draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength, is_colour))
+    if is_colour:
+        changes.append((draws[:, GRAY] < recipe.grayscale, grayscale, None))
+    changes.append((draws[:, BLUR] < np.array(recipe.blur)[view], gaussian_blur, blur_sigma))
+    changes.append((draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize, None))
+    return change(x, changes)
 
 
-def color_jitter(x, draws, chosen, strength):
+def color_jitter(draws, chosen, strength, is_colour):
     """torchvision's ColorJitter: brightness, contrast, saturation, hue, in an order of its own for each image."""
     operations = [(adjust_brightness, BRIGHTNESS), (adjust_contrast, CONTRAST)]
-    if x.shape[1] == 3:  # these leave gray as it is
+    if is_colour:  # these leave gray as it is
         operations += [(adjust_saturation, SATURATION), (adjust_hue, HUE)]
     orders = np.array(list(itertools.permutations(range(len(operations)))))
     order = orders[(draws[:, ORDER] * len(orders)).astype(int)]  # (n, operations)
@@ -468,19 +466,28 @@ def color_jitter(x, draws, chosen, strength):
         for number, (operation, column) in enumerate(operations):
             middle = 0 if operation is adjust_hue else 1
             factor = middle + strength[number] * (2 * draws[:, column] - 1)
-            change(x, chosen & (order[:, position] == number), operation, factor)
+            yield chosen & (order[:, position] == number), operation, factor
 
 
-def change(x, chosen, operation, factor=None):
-    """x[chosen] = operation(x[chosen], factor[chosen]), with chosen (n,) bool and factor (n,) on the host."""
-    if not chosen.any():
-        return
-    factors = () if factor is None else (send(factor[chosen].astype(np.float32), x.device)[:, None, None, None],)
-    if chosen.all():
-        x.copy_(operation(x.clone(), *factors))
-        return
-    rows = send(np.flatnonzero(chosen), x.device)
-    x.index_copy_(0, rows, operation(x.index_select(0, rows), *factors))
+def change(x, changes):
+    """x[chosen] = operation(x[chosen], factor[chosen]) for each (chosen, operation, factor); returns x.
+
+    chosen, (n,) bool, and factor, (n,) or None, are on the host: lists of indices go to the device, all at once, and
+    none comes back."""
+    changes = [(np.flatnonzero(chosen), operation, factor) for chosen, operation, factor in changes if chosen.any()]
+    if not changes:
+        return x
+    counts = [len(rows) for rows, *_ in changes]
+    factors = [np.zeros(len(rows)) if factor is None else factor[rows] for rows, _, factor in changes]
+    factors = send(np.concatenate(factors).astype(np.float32), x.device)[:, None, None, None].split(counts)
+    places = send(np.concatenate([rows for rows, *_ in changes]), x.device).split(counts)
+    for (_, operation, given), rows, factor in zip(changes, places, factors, strict=True):
+        factor = () if given is None else (factor,)
+        if len(rows) == len(x):
+            x.copy_(operation(x.clone(), *factor))
+        else:
+            x.index_copy_(0, rows, operation(x.index_select(0, rows), *factor))
+    return x
 
 
 # The operations below may overwrite their input. x: float32 (n, C, h, w) on [0, 1], factors (n, 1, 1, 1).

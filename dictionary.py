@@ -224,9 +224,9 @@ def nearest_code(h, codes, tile=None):
 def codes_in_tile(bytes_per_code, device):
     """Codes in a tile, a power of two, where a code and what is computed of it take so many bytes.
 
-    On a CPU a tile stays in a core's cache. Elsewhere each operation costs a launch, so that a tile takes half a GB, a
+    On a CPU a tile stays in a core's cache. Elsewhere each operation costs a launch, so that a tile takes up to 2 GB, a
     whole one while PyTorch computes; what is best on a GPU was not timed."""
-    memory = 2**23 if device.type == "cpu" else 2**29
+    memory = 2**23 if device.type == "cpu" else 2**31
     return 2 ** max(7, math.floor(math.log2(memory / bytes_per_code)))
 
 

@@ -154,7 +154,7 @@ class Tiles:
 
 
 def default_tile(num_rows, dim, dtype, device):
-    """Codes in a tile: with 2 views of 64 images, F 384 and bfloat16 4096 on a CPU, 131072 on a GPU."""
+    """Codes in a tile: with 2 views of 64 images, F 384 and bfloat16 4096 on a CPU, 1048576 on a GPU."""
     numbers = dim + 2 * num_rows  # a code; its logits and weights, which are in float32 once
     return codes_in_tile(numbers * dtype.itemsize + 4 * num_rows, device)
 

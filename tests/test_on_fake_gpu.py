@@ -10,7 +10,7 @@ import torch
 import augmentation
 import main_cplearn
 from fake_gpu import CUDA, AsIfOnGPU, Waits, fake_gpu
-from runs import write_pictures
+from runs import flags, write_pictures
 from test_accumulation import CROPS, VIT, words
 from test_baselines import FORMS, sized
 
@@ -109,3 +109,28 @@ def test_lars_waits_once_a_step_as_its_line_says(folder, tmp_path):
     """Whether the gradient is finite: timm's LARS has no switch for it."""
     (found,) = waits_of_a_step(words(folder, tmp_path, 16, 1, optimizer="lars"), 1)
     assert found.startswith("_local_scalar_dense at main_cplearn.py:")
+
+
+@pytest.mark.parametrize(
+    ("changes", "before"),
+    [({}, 1725), ({"drop_path_rate": 0}, 1615), (CROPS, 2758)],
+    ids=["drop path", "no drop path", "local crops"],
+)
+def test_a_step_takes_no_more_operations_than_it_did(folder, tmp_path, monkeypatch, changes, before):
+    """Counted at commit 32031cd, without the making of views; each is a launch or more."""
+    settings = {"arch": "vit_tiny", "width": None, "patch_size": 8, "head_impl": "dense", "accum_steps": 1}
+    with fake_gpu(flags(folder, tmp_path, **settings | changes)) as (run, batches):
+        views = run.loader.augment(batches[0], run.device)
+        monkeypatch.setattr(run.loader, "augment", lambda batch, device: views)
+        with Waits() as step:
+            main_cplearn.train_one_step(run, batches, 1)
+    assert 0.5 * before < step.operations < 1.1 * before
+
+
+def test_what_a_size_of_views_needs_goes_to_the_gpu_in_few_copies(folder, tmp_path, monkeypatch):
+    """Which images an operation changes and by how much, in two for all operations; and mean and std."""
+    sent, send = [], augmentation.send
+    monkeypatch.setattr(augmentation, "send", lambda array, device: sent.append(array.dtype) or send(array, device))
+    with fake_gpu(flags(folder, tmp_path, **CROPS)) as (run, batches):
+        run.loader.augment(batches[0], run.device)
+    assert sent == 2 * [np.float32, np.int64, np.float32, np.float32]
