@@ -374,6 +374,7 @@ def loop_without_data(model, shapes):
         second_half=model.objective,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         loader=SimpleNamespace(augment=lambda batch, device: [torch.empty(shape) for shape in shapes]),
+        ahead=lambda make: make(),
         log=SimpleNamespace(first_step=0),
         watch=SimpleNamespace(step=0, progress=lambda step: None),
     )
