@@ -112,8 +112,8 @@ class VisionTransformer(TimmVisionTransformer):
     @property
     def joins_sizes(self):
         """Whether images of several sizes are better given at once: off the CPU, where it saves a pass's launches
-        (never measured). On a CPU it takes 1.02 of the time of one pass per size (python -m benchmarks.crops: ViT-S,
-        2 x 224 + 8 x 96, B 4), for the products are as fast on fewer tokens, and splitting and joining is copying."""
+        (never measured). On a CPU it takes 1.01 of the time of one pass per size (python -m benchmarks.crops: ViT-S,
+        2 x 224 + 8 x 96, B 4 and 8), as the products are as fast on fewer tokens, and joining is copying."""
         return not _on_cpu(self.cls_token)
 
     def _through_blocks(self, x, shapes):
@@ -303,8 +303,9 @@ def _path(keep, draws, x, shapes):
 def least_spared(x):
     """Share of a branch's tokens that is worth copying the others out and back.
 
-    On a CPU those copies take 1.5 % of a ViT-S block's time: B 32 with 1, 2, 4 images skipped takes 0.98, 0.95, 0.87 of
-    the time of all with weights. Elsewhere copies cost more beside the products: 0.1 is DINOv2's, never measured here.
+    On a CPU they cost little: p 0.3 spares 12 % of the rows of 16 images, and 14 % of the time (python -m
+    benchmarks.crops: ViT-S, B 8, 2 crops). Elsewhere copies cost more beside the products: 0.1 is DINOv2's, never
+    measured here.
     """
     return 0.02 if _on_cpu(x) else 0.1
 
