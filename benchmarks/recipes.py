@@ -14,7 +14,8 @@ are alive are summed. Where a step's images do not fit on the card, the quickest
     GPU time of a step = sum over operations of max(FLOP / peak, bytes / bandwidth, LAUNCH) / REACHED
     step = max(GPU time + all-reduce (R > 1), images / loader's rate)            s; R GPUs
     hours = epochs * floor(images / effective batch) * step / 3600
-    memory = (alive at the peak + 8 P of AdamW + 4 P of DDP's buckets if R > 1) * FRAGMENTS + CONTEXT   P parameters
+    memory = (alive at the peak + the augmentation's peak + 8 P of AdamW + 4 P of DDP's buckets if R > 1) * FRAGMENTS
+             + CONTEXT      P parameters; two sets of views are alive: one trains while the next is made
     checkpoint = 12 P + F K / 8 + 8 K      bytes: weights, two moments; the dictionary's bits; usage and counts of codes
 """
 
@@ -238,7 +239,7 @@ def compare(paths):
                         for row in record["results"].values()):  # fmt: skip
         flags, figure = row["flags"], "gpu_ms" if device == "cuda" else "cpu_ms"
         step = Step(flags["arch"], flags["out_dim"], flags["local_crops_number"], flags["grad_checkpointing"],
-                    fused=device == "cuda")  # fmt: skip
+                    on_gpu=device == "cuda")  # fmt: skip
         operations, alive, parameters, _ = step.counted(flags["batch_size_per_gpu"], flags["accum_steps"])
         computed, gflop = (alive + 8 * parameters) / 1e6, operations[:, :2].sum() / 1e9
         milliseconds = sum(part[figure] for part in row["parts"].values())
@@ -290,11 +291,11 @@ class Step:
     num_codes: int
     local_crops: int = 0
     recomputes: bool = False  # --grad_checkpointing
-    fused: bool = True  # attention by one kernel, as on a GPU
+    on_gpu: bool = True  # attention by one kernel, views made while the batch before trains
 
     def counted(self, batch, parts=1):
         """(operations (n, 3), bytes alive at the peak without the optimizer's, parameters, width of the backbone)"""
-        return count_step(self.arch, self.num_codes, self.local_crops, self.recomputes, batch, parts, self.fused)
+        return count_step(self.arch, self.num_codes, self.local_crops, self.recomputes, batch, parts, self.on_gpu)
 
     @property
     def parameters(self):
@@ -308,11 +309,12 @@ class Step:
     def slope(self):
         """Bytes per image."""
         first, second = (self.counted(size)[1] for size in SIZES)
-        return (second - first) / (SIZES[1] - SIZES[0])
+        return (second - first) / (SIZES[1] - SIZES[0]) + count_augmentation(self.local_crops)[1]
 
     def memory(self, batch, num_gpus=1, parts=1):
         held = (8 if num_gpus == 1 else 12) * self.parameters
-        return FRAGMENTS * (self.counted(batch, parts)[1] + held) + CONTEXT
+        augmenting = count_augmentation(self.local_crops)[1] * batch  # on a stream, and so from memory, of its own
+        return FRAGMENTS * (self.counted(batch, parts)[1] + augmenting + held) + CONTEXT
 
     def largest_batch(self, card):
         """Multiple of 8."""
@@ -322,7 +324,7 @@ class Step:
     def seconds(self, batch, num_gpus, reached=REACHED[1], gpu=A100, parts=1):
         """GPU time; the all-reduce, which hides behind the backward pass at best, is added in full."""
         bound = least_seconds(self.counted(batch, parts)[0], gpu)
-        augmenting = least_seconds(count_augmentation(self.local_crops) * batch, gpu)
+        augmenting = least_seconds(count_augmentation(self.local_crops)[0] * batch, gpu)
         bound += (2 * parts - 1) * augmenting  # all but the last micro-batch are augmented twice
         return bound / reached + self.all_reduce(batch * parts, num_gpus)
 
@@ -343,19 +345,20 @@ def least_seconds(operations, gpu):
 
 
 @functools.cache
-def count_step(arch, num_codes, local_crops, grad_checkpointing, batch, parts=1, fused=True):
+def count_step(arch, num_codes, local_crops, grad_checkpointing, batch, parts=1, on_gpu=True):
     """A step of main_cplearn's loop in bf16 with the dense loss; no tensor has contents. See `Step.counted`."""
     with torch.device("meta"):
         backbone = build_backbone(arch, drop_path_rate=None, grad_checkpointing=grad_checkpointing)
-    with fused_attention() if fused else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True):
+    with fused_attention() if on_gpu else nullcontext(), FakeTensorMode(allow_non_fake_inputs=True):
         head = CPLearnHead(backbone.embed_dim, num_codes, storage="seed")
         head.dictionary = Dictionary.of(torch.empty(backbone.embed_dim, num_codes, dtype=torch.int8))
         objective = CPLearn(head, loss_function=cplearn_loss)
         model = main_cplearn.Model(backbone.to_empty(device="cpu"), objective)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        run = loop_without_data(model, [(batch, 3, size, size) for size in [224] * 2 + [96] * local_crops])
+        run = loop_without_data(model, [(batch, 3, size, size) for size in [224] * 2 + [96] * local_crops], on_gpu)
         with Counter() as counter:
             counter.hold([*model.parameters(), *model.buffers(), head.dictionary.data])
+            run.ahead(run.loader.augment)  # of the step before
             backward_of_joint_batch(run, [None] * parts, step=1)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         with Counter() as update:
@@ -364,7 +367,7 @@ def count_step(arch, num_codes, local_crops, grad_checkpointing, batch, parts=1,
     return np.array(counter.operations + update.operations), counter.peak, parameters, backbone.embed_dim
 
 
-def loop_without_data(model, shapes):
+def loop_without_data(model, shapes, on_gpu):
     """What of a main_cplearn.Run a step needs that is not logged, with views of these shapes."""
     return SimpleNamespace(
         args=SimpleNamespace(seed=0, precision="bf16"),
@@ -373,11 +376,22 @@ def loop_without_data(model, shapes):
         first_half=FirstHalf(model.backbone, model.objective, "bf16"),
         second_half=model.objective,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        loader=SimpleNamespace(augment=lambda batch, device: [torch.empty(shape) for shape in shapes]),
-        ahead=lambda make: make(),
+        loader=SimpleNamespace(augment=lambda batch=None, device=None: [torch.empty(shape) for shape in shapes]),
+        ahead=TwoSets() if on_gpu else lambda make: make(),
         log=SimpleNamespace(first_step=0),
         watch=SimpleNamespace(step=0, progress=lambda step: None),
     )
+
+
+class TwoSets:
+    """accumulation.Ahead's memory: the views that train, and those that are made meanwhile."""
+
+    def __init__(self):
+        self.sets = [None, None]
+
+    def __call__(self, make):
+        self.sets = [self.sets[1], make()]
+        return self.sets[1]
 
 
 def fused_attention():
@@ -387,14 +401,15 @@ def fused_attention():
 
 @functools.cache
 def count_augmentation(local_crops, batch=16):
-    """The device's part of the augmentation, for one image: really run, on random crops."""
+    """(operations, bytes alive at the peak) of the device's part of the augmentation, for one image: really run, on
+    random crops."""
     flags = ["--dataset", "imagefolder", "--local_crops_number", str(local_crops)]
     args = resolve_dataset_defaults(main_cplearn.get_args_parser().parse_args(flags))
     views = [(2, 224), (local_crops, 96)]
     crops = [torch.randint(256, (n * batch, 3, size, size), dtype=torch.uint8) for n, size in views]
     with Counter() as counter:
         make_views(make_recipe(args), 0, np.arange(batch), "cpu", crops=crops)
-    return np.array(counter.operations) / batch
+    return np.array(counter.operations) / batch, counter.peak / batch
 
 
 class Counter(TorchDispatchMode):

@@ -15,8 +15,9 @@ their kernels run. gflop: their floating-point operations. Triton's kernels are 
 
 Parts are timed in steps whose batches come from the data workers. A share is of the GPU's time; on a CPU of the
 process's CPU time, which other processes change least (with OMP_NUM_THREADS=1: nothing in it waits). On a GPU a part
-lasts from when the GPU comes to it until it comes to the next: data wait is then what the GPU waits. Operations are
-calls of PyTorch's kernels, on any device, without views and without what kernels call.
+lasts from when the GPU comes to it until it comes to the next: data wait is then what the GPU waits, and augmentation
+what the training waits for views, which are made on a stream of their own. Operations are calls of PyTorch's kernels,
+on any device, without views and without what kernels call.
 """
 
 import argparse
@@ -224,8 +225,12 @@ class Parts:
         functions["clip and update"] = [(main_cplearn, "update_weights")]
         for part, owners in functions.items():
             yield from ((owner, name, self.inside(part)(getattr(owner, name))) for owner, name in owners)
-        augment = self.inside("augmentation")(run.loader.augment)
-        transfer = self.inside("transfer")(transferred)  # pictures come as crops, to be moved first
+        yield (
+            run,
+            "ahead",
+            self.inside("augmentation")(run.ahead),
+        )  # makes the views, and has the training wait for them
+        augment, transfer = run.loader.augment, self.inside("transfer")(transferred)  # crops, to be moved first
         yield run.loader, "augment", lambda batch, device: augment(transfer(batch, device), device)
 
     @contextlib.contextmanager
@@ -259,7 +264,8 @@ def timed_parts(run, batches, steps):
         parts = Parts(run, lambda: (time.process_time(), time.perf_counter()))
         parts.steps(batches, steps)
         return parts.means(1e3 * np.array(parts.readings), ["cpu_ms", "wall_ms"], steps)
-    parts = Parts(run, lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
+    training = torch.cuda.current_stream()  # views are made on another
+    parts = Parts(run, lambda: training.record_event(torch.cuda.Event(enable_timing=True)))
     parts.steps(batches, steps)
     wait_for(run.device)
     return parts.means([[parts.readings[0].elapsed_time(event)] for event in parts.readings], ["gpu_ms"], steps)

@@ -80,7 +80,9 @@ def test_products_of_the_backbone_are_bf16_those_of_the_head_float32(step):
 def test_activations_are_those_really_saved_at_another_batch(step):
     saved = [bytes_saved(batch) for batch in (2, 4)]
     per_image = (saved[1] - saved[0]) / 2
-    assert per_image < step.slope < 1.2 * per_image  # beside what is saved: views, and what the peak needs for a moment
+    waiting = 2 * 3 * 224**2 * 4 + recipes.count_augmentation(0)[1]  # the next views, and what making them needs
+    # beside what is saved: views, and what the peak needs for a moment
+    assert per_image < step.slope - waiting < 1.2 * per_image
 
 
 def bytes_saved(batch):
@@ -358,7 +360,7 @@ def test_what_was_measured_stands_beside_what_is_computed(tmp_path):
     slower = row | {"parts": {"rest": {"cpu_ms": 2000}}}
     (tmp_path / "a.json").write_text(json.dumps({"device": "cpu", "results": {"a": row, "b": slower}}))
     first, second = recipes.compare([tmp_path / "a.json"])
-    _, alive, parameters, _ = Step("vit_tiny", 1024, fused=False).counted(4)
+    _, alive, parameters, _ = Step("vit_tiny", 1024, on_gpu=False).counted(4)
     assert first["computed"] == round((alive + 8 * parameters) / 1e6)
     assert first["off by"] == f"{first['computed'] - 100:+d}%"
     assert (first["time measured"], second["time measured"], second["time by GFLOP"]) == (1, 2, 1)
