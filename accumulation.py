@@ -13,7 +13,6 @@ process are M processes, with drop path, pixel noise and all. `run` is main_cple
 import contextlib
 import itertools
 import warnings
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backbones import compile_backbone
 from monitor import plot_views
 from objective import features_of_views
 from utils import PRECISIONS, RunFailed, UserError, rank, reaching_peers, seed_everything, world_size
@@ -172,13 +170,6 @@ def wrap(half, device):
             broadcast_buffers=False,  # batch norm is synchronised, and the dictionary never changes
             gradient_as_bucket_view=True,
         )
-
-
-def compile_where_asked(args, backbone, *views):
-    """torch.compile where --compile says so, on CUDA unless --no-compile does; returns what the run says of it."""
-    if not (views[-1].type == "cuda" if args.compile is None else args.compile):
-        return ""
-    return f", {compile_backbone(backbone, partial(pass_through, backbone, args, *views))}"
 
 
 def pass_through(backbone, args, recipe, batch_size, memory_format, device):

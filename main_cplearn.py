@@ -32,8 +32,8 @@ from torch import nn
 
 import augmentation
 import data
-from accumulation import Ahead, FirstHalf, backward_of_joint_batch, compile_where_asked, refuse_batch_norm, wrap
-from backbones import add_backbone_arguments, check_crop_sizes, lay_out, new_backbone
+from accumulation import Ahead, FirstHalf, backward_of_joint_batch, pass_through, refuse_batch_norm, wrap
+from backbones import add_backbone_arguments, check_crop_sizes, compile_backbone, lay_out, new_backbone
 from batch_norm import convert_sync_batchnorm
 from checkpoint import (
     buffers_before_step,
@@ -437,7 +437,7 @@ def describe(run, step):
     say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
         f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
     say(f"backbone: {args.arch}, D = {model.backbone.embed_dim}, "
-        f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters{run.compiled}")  # fmt: skip
+        f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters, {run.compiled}")  # fmt: skip
     for text in model.objective.describe():
         say(text)
     say(
@@ -518,7 +518,8 @@ def build_run(args):
         refuse_batch_norm(args, model.backbone, accum_steps)
     model.to(device)
     memory_format = lay_out(model.backbone, device)
-    compiled = compile_where_asked(args, model.train().backbone, loader.recipe, batch_size, memory_format, device)
+    try_it = partial(pass_through, model.train().backbone, args, loader.recipe, batch_size, memory_format, device)
+    compiled = compile_backbone(model.backbone, try_it) if args.compile else "not compiled"
     return Run(
         args,
         device,
@@ -588,6 +589,7 @@ def check_arguments(args, device):
     """Fill in what depends on the data set and the device, and refuse flags that do not go together."""
     data.resolve_dataset_defaults(args)
     args.precision = choose_precision(args.precision, device)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.shard_codes and args.prior_scope == "local":
         raise UserError("--prior_scope local: with --shard_codes every process sees all images; use global")
     if args.precision == "fp16" and device.type == "cpu":
