@@ -74,8 +74,10 @@ REACHED = (0.35, 0.6, 0.75)
 LOADED = {False: 300, True: 200}
 CORES = 16  # per GPU: a DGX A100 has 128 for 8
 NETWORK = {1: 200e9, 2: 25e9}  # bytes/s of one GPU: within a node by NVLink, between nodes 200 Gbit/s
-FRAGMENTS, CONTEXT = 1.1, 1.5e9  # of the caching allocator; bytes of CUDA, nccl, cuBLAS: both assumed
+# of the caching allocator, assumed, but fits a CPU's heap (docs/recipes.md); bytes of CUDA, nccl, cuBLAS: assumed
+FRAGMENTS, CONTEXT = 1.1, 1.5e9
 SIZES = (32, 64)  # images of a batch, through whose memory the line for other batches goes
+LIBRARIES = 0.1e9  # bytes that a run on a CPU adds beside its tensors; fitted, as is seen in docs/recipes.md
 DISK = 1e9  # bytes/s of writing a checkpoint (assumed)
 
 
@@ -241,7 +243,10 @@ def compare(paths):
         step = Step(flags["arch"], flags["out_dim"], flags["local_crops_number"], flags["grad_checkpointing"],
                     on_gpu=device == "cuda")  # fmt: skip
         operations, alive, parameters, _ = step.counted(flags["batch_size_per_gpu"], flags["accum_steps"])
-        computed, gflop = (alive + 8 * parameters) / 1e6, operations[:, :2].sum() / 1e9
+        computed = alive + 8 * parameters
+        if device == "cpu":  # resident memory; on a GPU benchmarks.step tells what PyTorch has given out
+            computed = FRAGMENTS * computed + LIBRARIES
+        gflop = operations[:, :2].sum() / 1e9
         milliseconds = sum(part[figure] for part in row["parts"].values())
         first = first or (milliseconds, gflop)
         yield {
@@ -251,8 +256,8 @@ def compare(paths):
             "accum_steps": flags["accum_steps"],
             "recomputed": "yes" if flags["grad_checkpointing"] else "no",
             "MB measured": round(row["memory_mb"]),
-            "computed": round(computed),
-            "off by": f"{computed / row['memory_mb'] - 1:+.0%}",
+            "computed": round(computed / 1e6),
+            "off by": f"{computed / 1e6 / row['memory_mb'] - 1:+.0%}",
             "GFLOP measured": round(row["gflop"]),
             "GFLOP computed": round(gflop),
             "time measured": round(milliseconds / first[0], 2),
