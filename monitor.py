@@ -13,6 +13,7 @@ import math
 import operator
 import os
 import resource
+import subprocess
 import sys
 import threading
 import time
@@ -28,7 +29,8 @@ from checkpoint import replace_file
 from utils import RunFailed, all_reduce_mean, one_line, rank
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe
-SECONDS_PER_DRAWING = 300  # loss.png takes about a second
+SECONDS_PER_DRAWING = 300
+DRAW = "import sys; from monitor import plot_log; plot_log(*sys.argv[1:])"
 
 
 class NonFiniteLoss(RunFailed):
@@ -118,7 +120,7 @@ class RunLog:
         self.writer = self.bar = None
         self.warned = set()
         self.waiting = ""  # lines that are not in log.txt yet
-        self.drawn_at = -math.inf
+        self.drawing, self.drawn_at = None, self.started
         if rank() == 0:
             threading.excepthook = keep_tensorboard_quiet
             drop_lines_after(self.folder / "log.txt", step, epoch_is_open)
@@ -158,11 +160,32 @@ class RunLog:
             self._show(line)
 
     def draw(self, last=False):
-        """loss.png, at most every `SECONDS_PER_DRAWING`, since the other processes wait for it, and at the end."""
-        if rank() == 0 and (last or time.monotonic() > self.drawn_at + SECONDS_PER_DRAWING):
-            self.drawn_at = time.monotonic()
-            with self.going_on("loss.png"):
-                plot_log(self.folder / "log.txt", self.folder / "loss.png")
+        """loss.png, every `SECONDS_PER_DRAWING` by another process, so that training need not wait for it; at the end by
+        this one."""
+        if rank() != 0 or not (last or time.monotonic() > self.drawn_at + SECONDS_PER_DRAWING):
+            return
+        self.drawn_at = time.monotonic()
+        with self.going_on("loss.png"):
+            self.stop_drawing()
+            paths = [(self.folder / name).resolve() for name in ("log.txt", "loss.png")]
+            if last:
+                plot_log(*paths)
+            else:
+                self.drawing = subprocess.Popen(
+                    [sys.executable, "-c", DRAW, *map(str, paths)], cwd=Path(__file__).resolve().parent,
+                    env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, start_new_session=True,  # signals are the run's
+                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                )  # fmt: skip
+
+    def stop_drawing(self):
+        """Raises RuntimeError where the figure before could not be drawn. One that takes so long is given up."""
+        drawing, self.drawing = self.drawing, None
+        if drawing is not None:
+            unfinished = drawing.poll() is None
+            drawing.kill()
+            _, said = drawing.communicate()
+            if drawing.returncode and not unfinished:
+                raise RuntimeError(said.strip().splitlines()[-1] if said.strip() else f"exit code {drawing.returncode}")
 
     def _add_events(self, line):
         writer, self.writer = self.writer, None  # one that has failed once always fails: the next line gets a new one
@@ -469,7 +492,8 @@ def plot_log(log_path, figure_path):
     for axis in axes.flat[: len(panels)][-3:]:  # the lowest of each column
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
-    figure.savefig(figure_path)
+    with replace_file(figure_path) as file:
+        figure.savefig(file, format="png")
     plt.close(figure)
 
 

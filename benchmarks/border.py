@@ -47,8 +47,17 @@ def main(args):
         times = Times()
         with times.measuring():
             main_cplearn.train(args)
-        print_border(times, seconds_of(monitor.plot_log, Path(args.output_dir, "log.txt"), Path(folder, "loss.png")))
+        print_border(times, seconds_to_start_drawing(args.output_dir))
         print_writing(times, checkpoint.load_checkpoint(checkpoint.checkpoint_path(args)), Path(folder, "again"))
+
+
+def seconds_to_start_drawing(folder):
+    """loss.png is then drawn by another process."""
+    log = monitor.RunLog(folder, step=10**9, total_steps=10**9)
+    log.drawn_at = -monitor.SECONDS_PER_DRAWING
+    seconds = seconds_of(log.draw)
+    log.drawing.wait()
+    return seconds
 
 
 def seconds_of(function, *args):
@@ -107,7 +116,7 @@ def print_border(times, figure):
     rows = {part: statistics.median(gap[part] for gap in times.gaps[2 * STEPS :: STEPS]) for part in (*PLACES, "rest")}
     whole = sum(rows.values())
     rows["**a border**"] = whole - rows["checkpoint: copy"] - rows["checkpoint: rest"]
-    rows |= {"**with a checkpoint**": whole, "figure, where one is due": figure}
+    rows |= {"**with a checkpoint**": whole, "figure, where one is due: start": figure}
     print("\n| between two epochs | ms | steps |\n|---|---|---|")
     for name, seconds in rows.items():
         print(f"| {name} | {1e3 * seconds:.1f} | {seconds / times.step(writing=False):.3f} |")

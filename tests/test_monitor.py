@@ -139,7 +139,7 @@ def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
         log.write({"kind": "step", "step": step, "epoch": 0, "train_loss": 2.0 / step, "train_lr": 1e-3,
                    "train_grad_norm": 1.0, "within_code": math.nan, "images_per_s": 5.0, "rankme": 7.0})  # fmt: skip
     log.write({"kind": "epoch", "step": 20, "epoch": 0, "train_loss": 0.1})
-    log.draw()
+    log.draw(last=True)
     log.close()
     read = [json.loads(text, parse_constant=pytest.fail) for text in (tmp_path / "log.txt").read_text().splitlines()]
     assert read[0]["within_code"] is None and read[2]["kind"] == "epoch"
@@ -148,6 +148,29 @@ def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
     (tmp_path / "loss.png").unlink()
     plot_log(tmp_path / "log.txt", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10000
+
+
+def test_a_figure_is_drawn_by_another_process_when_it_is_time_and_its_failure_is_heard(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 100)
+    log.write({"kind": "step", "step": 10, "epoch": 0, "train_loss": 2.0, "images_per_s": 5.0})
+    log.draw()
+    assert log.drawing is None  # the run has only begun
+    log.drawn_at = -math.inf
+    log.draw()
+    assert log.drawing.wait() == 0 and (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "log.txt").unlink()
+    (tmp_path / "log.txt").mkdir()
+    log.drawn_at = -math.inf
+    log.draw()
+    log.drawing.wait()
+    assert "warning" not in capsys.readouterr().out
+    log.drawn_at = -math.inf
+    log.draw()
+    assert "warning: step 10: loss.png could not be written: RuntimeError: IsADirectoryError" in capsys.readouterr().out
+    log.drawn_at = -math.inf
+    log.draw()  # the process before has hardly begun
+    log.stop_drawing()
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_views_are_drawn_as_they_were_before_normalisation(tmp_path):
