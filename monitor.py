@@ -160,8 +160,7 @@ class RunLog:
             self._show(line)
 
     def draw(self, last=False):
-        """loss.png, every `SECONDS_PER_DRAWING` by another process, so that training need not wait for it; at the end by
-        this one."""
+        """loss.png, every `SECONDS_PER_DRAWING` by another process, so that training goes on; at the end here."""
         if rank() != 0 or not (last or time.monotonic() > self.drawn_at + SECONDS_PER_DRAWING):
             return
         self.drawn_at = time.monotonic()
