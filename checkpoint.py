@@ -54,7 +54,8 @@ def save(run, step, stopping=False):
     the first save on, the copy takes as much memory there as the state. A write that is still on its way is waited for.
 
     A run that cannot write says so and goes on, the next save may succeed. A run that is `stopping` writes without copy
-    and thread, and raises RunFailed where it cannot."""
+    and thread, and raises RunFailed where it cannot; so does, without raising, one by whose --save_every_minutes 0 no
+    step may be lost."""
     run.recorder.read(run.may_overflow)  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
     run.model.objective.share_statistics()
@@ -64,13 +65,19 @@ def save(run, step, stopping=False):
         run.writer.wait()
         run.log.flush()
         state = checkpoint_state(run, step)
-        if not stopping:
+        if stopping:
+            write_or_fail(run, step, state)
+        elif run.args.save_every_minutes:
             run.writer.start(write_or_warn, run, step, run.writer.copy.of(state, run.device))
-            return
-        try:
-            write(run, step, state)
-        except OSError as error:
-            raise RunFailed(f"step {step}: {error}") from None
+        else:
+            write_or_warn(run, step, state)
+
+
+def write_or_fail(run, step, state):
+    try:
+        write(run, step, state)
+    except OSError as error:
+        raise RunFailed(f"step {step}: {error}") from None
 
 
 def write_or_warn(run, step, state):
