@@ -167,7 +167,12 @@ def add_run_arguments(parser):
         default=False,
         help="go on although flags that change the result differ from the checkpoint's",
     )
-    add("--save_every_minutes", type=not_negative(float), default=10, help="at most this much work is ever lost; 0: none, a step waits for the disk")
+    add(
+        "--save_every_minutes",
+        type=not_negative(float),
+        default=10,
+        help="at most this much work is ever lost; 0: none, a step waits for the disk",
+    )
     add(
         "--watchdog_s",
         type=not_negative(float),
