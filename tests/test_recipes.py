@@ -30,10 +30,12 @@ def step():
     return Step("vit_tiny", 1024)
 
 
-def forward_by_hand(dim, depth=12):
-    """Multiply-adds of a ViT's products with weights, and of attention's two products."""
-    weights = TOKENS * depth * (3 + 1 + 4 + 4) * dim**2
-    return weights, depth * 2 * TOKENS**2 * dim
+def forward_by_hand(dim, depth=12, only_cls=True):
+    """Multiply-adds of a ViT's products with weights, and of attention's two products. only_cls: of the last block's
+    tokens but the first, queries, keys and values are made, and no more."""
+    others = only_cls * (TOKENS - 1)
+    weights = (TOKENS * depth * (3 + 1 + 4 + 4) - others * (1 + 4 + 4)) * dim**2
+    return weights, 2 * (TOKENS * depth - others) * TOKENS * dim
 
 
 @pytest.mark.parametrize(("arch", "published"), [("vit_tiny", 1.3e9), ("vit_small", 4.6e9), ("vit_base", 17.6e9)])
@@ -42,13 +44,15 @@ def test_forward_multiply_adds_are_those_published(arch, published):
     operations = count_backbone(arch, batch=1, train=False)
     dim = build_backbone(arch).embed_dim
     counted = operations[:, :2].sum() / 2
-    assert counted == sum(forward_by_hand(dim)) + (TOKENS - 1) * PATCH * dim
+    assert counted == sum(forward_by_hand(dim, only_cls=False)) + (TOKENS - 1) * PATCH * dim
     assert counted == pytest.approx(published, rel=0.04)
 
 
 def count_backbone(arch, batch, train=True):
+    """Of a ViT whose last block works for all tokens, as in what was published: it has the patches' mean to make."""
     with torch.device("meta"):
         backbone = build_backbone(arch)
+    backbone.global_pool = "avg"
     with FakeTensorMode(allow_non_fake_inputs=True):
         backbone, images = backbone.to_empty(device="cpu"), torch.empty(batch, 3, 224, 224)
         optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
@@ -355,7 +359,7 @@ def test_what_was_measured_stands_beside_what_is_computed(tmp_path):
     row = {
         "flags": flags,
         "memory_mb": 100,
-        "gflop": 60,
+        "gflop": 56,
         "parts": {"rest": {"cpu_ms": 250}, "backward": {"cpu_ms": 750}},
     }
     slower = row | {"parts": {"rest": {"cpu_ms": 2000}}}
@@ -365,4 +369,4 @@ def test_what_was_measured_stands_beside_what_is_computed(tmp_path):
     assert first["computed"] == round(1.1 * (alive + 8 * parameters) / 1e6 + 100)
     assert first["off by"] == f"{first['computed'] - 100:+d}%"
     assert (first["time measured"], second["time measured"], second["time by GFLOP"]) == (1, 2, 1)
-    assert first["GFLOP computed"] == pytest.approx(60, abs=1)
+    assert first["GFLOP computed"] == pytest.approx(56, abs=1)
