@@ -365,9 +365,9 @@ def keep_freed_memory():
     """Memory that a step frees stays with this process for the next step, as torch keeps a GPU's.
 
     glibc gives large blocks back to the system at once, and each page of theirs that is taken anew is an exception and
-    filled with zeros first: 90,000 in a step of a ViT-S, 6 % of its time. Holes between blocks take up to 15 % more
-    memory (python -m benchmarks.against --commit 32031cd). Whoever has set one of malloc's own variables is left alone;
-    so are other libraries' allocators, and systems without glibc."""
+    filled with zeros first: 90,000 in a step of a ViT-S, about 6 % of its time. Holes between blocks may take 15 % more
+    memory (benchmarks.against, and again with MALLOC_TRIM_THRESHOLD_=131072 in the environment, which turns this off).
+    Whoever has set one of malloc's own variables is left alone; so are other allocators, and systems without glibc."""
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -54,7 +54,10 @@ def get_parser():
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / "other"
-        git("worktree", "add", "--detach", str(other), args.commit)
+        try:
+            git("worktree", "add", "--detach", str(other), args.commit)
+        except subprocess.CalledProcessError as error:
+            get_parser().error(f"--commit {args.commit}: {error.stderr.decode().strip()}")
         try:
             found = take_turns(args, {args.commit: other, "this code": Path.cwd()}, Path(folder))
         finally:
