@@ -53,9 +53,9 @@ def save(run, step, stopping=False):
     """Copy the state to rank 0's host, and write checkpoint.pth from the copy in a thread, while training goes on; from
     the first save on, the copy takes as much memory there as the state. A write that is still on its way is waited for.
 
-    A run that cannot write says so and goes on, the next save may succeed. A run that is `stopping` writes without copy
-    and thread, and raises RunFailed where it cannot; so does, without raising, one by whose --save_every_minutes 0 no
-    step may be lost."""
+    A run that cannot write says so and goes on, the next save may succeed. Two kinds of runs write here, without copy
+    and thread: one with --save_every_minutes 0, which may lose no step; and one that is `stopping`, which raises
+    RunFailed where it cannot write."""
     run.recorder.read(run.may_overflow)  # on all processes: a loss that is not finite is never saved
     run.saved_at = time.monotonic()
     run.model.objective.share_statistics()

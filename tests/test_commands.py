@@ -107,6 +107,7 @@ STANDS_FOR = {
     "/shared/runs/": "{here}/runs/",
     "/runs/": "{here}/runs/",
     "--nproc_per_node=8": "--nproc_per_node=2",
+    "benchmarks/": "{here}/",  # where results are kept: not over those of this checkout
 }
 FEW = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "2", "--max_steps", "2", "--img_size", "64"]
 SMALL = ["--device", "cpu", "--num_workers", "0", "--data_path", "{here}/images", "--img_size", "32"]
