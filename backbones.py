@@ -33,8 +33,8 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch",
         default="vit_small",
         metavar="NAME",
-        help=f"backbone: {', '.join(ARCHS)}, or any timm name. resnet8 and resnet18 are for images of about 32 px. A "
-        "backbone with a parameter that gets no gradient cannot be trained with several processes (default: "
+        help=f"backbone: {', '.join(ARCHS)}, or any timm name. vit_mini, resnet8 and resnet18 are for images of about "
+        "32 px. A backbone with a parameter that gets no gradient cannot be trained with several processes (default: "
         "%(default)s)",
     )
     parser.add_argument(

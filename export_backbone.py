@@ -132,9 +132,12 @@ def is_timm_s(model):
 
 
 def timm_name(model):
-    """Our ViTs are timm's of patch size 16 with other arguments; timm has no names for most patch sizes."""
+    """Our ViTs are timm's of patch size 16 with other arguments: timm has no names for most patch sizes, and none for
+    vit_mini."""
     arch = model.settings["arch"]
-    return f"{arch}_patch16_224" if isinstance(model.backbone, VisionTransformer) else arch
+    if not isinstance(model.backbone, VisionTransformer):
+        return arch
+    return name if timm.is_model(name := f"{arch}_patch16_224") else "vit_tiny_patch16_224"
 
 
 def timm_arguments(backbone):
@@ -147,6 +150,7 @@ def timm_arguments(backbone):
         arguments["dynamic_img_size"] = True
     if isinstance(backbone, VisionTransformer):
         arguments["patch_size"] = backbone.patch_size
+        arguments["embed_dim"], arguments["depth"] = backbone.embed_dim, len(backbone.blocks)
         arguments["num_heads"] = backbone.blocks[0].attn.num_heads
         arguments |= backbone.parts
     return arguments

@@ -30,6 +30,11 @@ def cplearn_backbone(checkpoint, checkpoint_key=None, **kwargs):
     return cplearn(checkpoint, checkpoint_key, **kwargs).backbone.requires_grad_(True)
 
 
+def vit_mini(pretrained=False, **kwargs):
+    """A ViT for images of about 32 px, D = 128, 4 blocks, untrained. kwargs as for vit_tiny."""
+    return _untrained("vit_mini", pretrained, kwargs)
+
+
 def vit_tiny(pretrained=False, **kwargs):
     """ViT-T/16, D = 192, untrained. kwargs: patch_size, img_size, in_chans, drop_path_rate, grad_checkpointing."""
     return _untrained("vit_tiny", pretrained, kwargs)

@@ -1,4 +1,4 @@
-"""Vision Transformers (tiny, small, base, large) under the names and parameter keys of DINO, which are timm's as well.
+"""Vision Transformers (mini to large) under the names and parameter keys of DINO, which are timm's as well.
 
     model = vit_small(patch_size=16)
     model.load_state_dict(weights)          # DINO's backbone, or timm's vit_small_patch16_224 without its classifier
@@ -25,8 +25,14 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WIDTHS = {"vit_tiny": 192, "vit_small": 384, "vit_base": 768, "vit_large": 1024}
+WIDTHS = {"vit_mini": 128, "vit_tiny": 192, "vit_small": 384, "vit_base": 768, "vit_large": 1024}
 ARCHS = tuple(WIDTHS)
+
+
+def vit_mini(num_heads=4, **kwargs):
+    """For small images and for CPUs, of our own: D = 128, 4 blocks, 4 heads, 0.8 M parameters at 32 px in patches of 4.
+    Arguments as in `VisionTransformer`."""
+    return VisionTransformer(embed_dim=128, depth=4, num_heads=num_heads, **kwargs)
 
 
 def vit_tiny(num_heads=3, **kwargs):

@@ -259,7 +259,10 @@ VIT_PARTS = re.compile(  # of the ViTs that vision_transformer.py can build; tim
     r"cls_token|reg_token|pos_embed|patch_embed\.proj\.\w+|(fc_)?norm\.\w+"
     r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]|ls[12])\.\w+"
 )
-VITS = {(192, 12): "vit_tiny", (384, 12): "vit_small", (768, 12): "vit_base", (1024, 24): "vit_large"}
+VITS = {
+    (128, 4): "vit_mini", (192, 12): "vit_tiny", (384, 12): "vit_small", (768, 12): "vit_base",
+    (1024, 24): "vit_large",
+}  # fmt: skip
 TIMM_VITS = {(1280, 32, 14): "vit_huge_patch14_224"}  # MAE's
 RESNETS = {  # blocks of the four stages, convolutions in a block
     (3, 4, 6, 3, 2): "resnet34", (3, 4, 6, 3, 3): "resnet50",

@@ -12,7 +12,7 @@ from backbones import add_backbone_arguments, build_backbone, compile_backbone, 
 from utils import UserError
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "resnet8", "resnet18", "test_vit", "test_resnet"])
+@pytest.mark.parametrize("arch", ["vit_mini", "vit_tiny", "resnet8", "resnet18", "test_vit", "test_resnet"])
 @torch.no_grad()
 def test_every_backbone_maps_images_to_embed_dim_numbers(arch):
     model = build_backbone(arch, img_size=32, patch_size=8, in_chans=1).eval()

@@ -80,9 +80,10 @@ SIZES = {
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("arch", ["vit_mini", "vit_tiny"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_timm_gives_our_features(sizes, tmp_path):
-    path, backbone = ours(tmp_path / "checkpoint.pth", "vit_tiny", **sizes)
+def test_timm_gives_our_features(sizes, arch, tmp_path):
+    path, backbone = ours(tmp_path / "checkpoint.pth", arch, **sizes)
     export(path, tmp_path / "out")
     model, channels = in_timm(tmp_path / "out"), sizes.get("in_chans", 3)
     for size in (sizes["img_size"], 2 * sizes["patch_size"]):  # its own size, and another
@@ -91,7 +92,7 @@ def test_timm_gives_our_features(sizes, tmp_path):
     reloaded = load_pretrained(tmp_path / "out" / "model.safetensors")
     assert torch.equal(reloaded(x), backbone(x))
     kept = {name: reloaded.settings[name] for name in ("arch", "img_size", "patch_size", "in_chans", "mean", "std")}
-    assert kept == {"arch": "vit_tiny", "in_chans": channels, "mean": [0.4] * channels, "std": [0.3] * channels} | sizes
+    assert kept == {"arch": arch, "in_chans": channels, "mean": [0.4] * channels, "std": [0.3] * channels} | sizes
 
 
 @pytest.mark.parametrize("img_size", [32, 48, 224])

@@ -53,6 +53,7 @@ def test_a_backbone_can_be_trained_on(checkpoint):
 @pytest.mark.parametrize(
     ("name", "settings", "images", "width"),
     [
+        ("vit_mini", {"patch_size": 4, "img_size": 8}, torch.randn(1, 3, 8, 8), 128),
         ("vit_tiny", {"patch_size": 8, "img_size": 16, "in_chans": 1}, IMAGES, 192),
         ("vit_small", {"patch_size": 8, "img_size": 16}, torch.randn(1, 3, 16, 16), 384),
         ("resnet8", {"in_chans": 1, "width": 20}, IMAGES, 20),
@@ -81,7 +82,7 @@ def test_weights_that_do_not_exist_are_refused():
 def test_only_entry_points_are_public():
     """What torch.hub.list shows is every callable, and torch.hub.help its docstring."""
     entries = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    models = {"vit_tiny", "vit_small", "vit_base", "vit_large", "resnet8", "resnet18"}
+    models = {"vit_mini", "vit_tiny", "vit_small", "vit_base", "vit_large", "resnet8", "resnet18"}
     assert entries == models | {"cplearn", "cplearn_backbone"}
     assert all(inspect.getdoc(getattr(hubconf, name)) for name in entries)
 

@@ -4,10 +4,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
 import vision_transformer
 from objective import features_of_views
-from vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
+from vision_transformer import VisionTransformer, vit_base, vit_large, vit_mini, vit_small, vit_tiny
 
 BUILDERS = {"tiny": vit_tiny, "small": vit_small, "base": vit_base}
 
@@ -38,15 +39,28 @@ def test_large_has_timm_s_shapes():
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
 
 
-@torch.no_grad()
 def test_timm_weights_give_timm_features_at_any_size():
     torch.manual_seed(0)
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    check_timm_s_features(vit_tiny(), theirs, 224, 96)
+
+
+def test_mini_is_timm_s_of_the_same_sizes():
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 4}
+    theirs = TimmVisionTransformer(
+        **sizes, embed_dim=128, depth=4, num_heads=4, mlp_ratio=4, num_classes=0, dynamic_img_size=True
+    ).eval()
+    check_timm_s_features(vit_mini(**sizes), theirs, 32, 20)
+
+
+@torch.no_grad()
+def check_timm_s_features(ours, theirs, *sizes):
+    """Whether ours, with the weights of theirs, gives the features of theirs for images of these sizes."""
     for parameter in theirs.parameters():  # timm's initial biases are 0 and norms 1: agreement must not rest on that
         parameter.add_(0.02 * torch.randn_like(parameter))
-    ours = vit_tiny().eval()
-    ours.load_state_dict(theirs.state_dict())
-    for size in (224, 96):
+    ours.eval().load_state_dict(theirs.state_dict())
+    for size in sizes:
         torch.testing.assert_close(ours(images(size)), theirs(images(size)), atol=1e-5, rtol=1e-5)
 
 

@@ -223,6 +223,15 @@ def test_heads_are_told_where_shapes_do_not(tmp_path, capsys):
         load_pretrained(tmp_path / "flat.pth", num_heads=7)
 
 
+def test_the_smallest_vit_is_told_by_its_shapes(tmp_path):
+    backbone = build_backbone("vit_mini", img_size=32, patch_size=4).eval()
+    torch.save(backbone.state_dict(), tmp_path / "flat.pth")
+    model = load_pretrained(tmp_path / "flat.pth")
+    assert [model.settings[name] for name in ("arch", "num_heads", "patch_size")] == ["vit_mini", 4, 4]
+    with torch.no_grad():
+        assert torch.equal(model(images(32)), backbone(images(32)))
+
+
 @pytest.mark.parametrize("decoder", [False, True])
 def test_mae(decoder, tmp_path, capsys):
     model = timm_model("vit_tiny_patch16_224", img_size=64)
