@@ -1,7 +1,8 @@
-"""Linear classification on frozen features, by one of three protocols.
+"""Linear classification on frozen features, by one of four protocols.
 
     python eval_linear.py --checkpoint runs/a/checkpoint.pth runs/b/checkpoint.pth --output_dir results
     python eval_linear.py --checkpoint runs/a/checkpoint.pth --protocol adam
+    python eval_linear.py --checkpoint runs/a/checkpoint.pth --protocol few --baselines
     torchrun --nproc_per_node=8 eval_linear.py --protocol dino --checkpoint dino_deitsmall16_pretrain.pth \\
         --dataset imagefolder --data_path /data/imagenet --output_dir results
     python eval_linear.py --protocol dino --checkpoint dino_deitsmall16_pretrain.pth \\
@@ -10,12 +11,15 @@
 fast    features of each image once; a grid of learning rates and weight decays is trained at once, and one of them
         chosen by a tenth of the training images
 adam    the same features; the CPLearn paper's protocol for small sets (Appendix I)
+few     the same features; logistic regression on a few labelled training images of each class. Scores are means over
+        several draws of these images, the same for all models, with the standard deviation over the draws
 dino    that of DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the
         last four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
 
 No protocol chooses anything by the test images: the score is that of the fitted classifier, or of the last epoch.
 Prints top-1 and top-5 accuracy in percent of the validation images, and the classes that go best and worst. With
---output_dir: results_linear.md, results_linear.json (also the accuracy of each class) and confusion_<model>.png.
+--output_dir: results_linear.md, results_linear.json (also the accuracy of each class) and confusion_<model>.png; of
+few results_few.md, results_few.json and confusion_few_<model>.png, which leave those of another protocol alone.
 
 Shapes: B images per process, N validation images, D features, C classes.
 """
@@ -42,7 +46,9 @@ from evaluation.linear_probe import (
     LRS,
     WEIGHT_DECAYS,
     confusion_matrix,
+    draw_labelled,
     fit_adam,
+    fit_few,
     fit_selected,
     predict,
     rank_classes,
@@ -55,6 +61,7 @@ from vision_transformer import VisionTransformer
 PROTOCOLS = {
     "fast": {"lrs": LRS, "weight_decays": WEIGHT_DECAYS, "epochs": EPOCHS},
     "adam": {"epochs": 100, "lr": 1e-2},
+    "few": {"labels_per_class": 10, "draws": 10},
     "dino": {"epochs": 100, "lr": 1e-3, "val_freq": 1, "num_labels": None, "evaluate": False, "linear_weights": None,
              "max_bad_images": 0.01},
 }  # fmt: skip
@@ -71,6 +78,11 @@ OWN_COLUMNS = {
         "held_out_top1": ("held-out top-1 %", ".2f"),
     },
     "adam": {"epochs": ("epochs", "d"), "lr": ("lr", "g")},
+    "few": {
+        "top1_std": ("top-1 % std over draws", ".2f"),
+        "labels_per_class": ("labels per class", "d"),
+        "draws": ("draws", "d"),
+    },
     "dino": {"epochs": ("epochs", "d"), "best_test_top1": ("best epoch on the test images, top-1 %", ".2f")},
 }
 KEPT = "checkpoint.pth.tar"  # DINO's name: its script goes on from ours, and ours from its
@@ -83,8 +95,8 @@ def get_args_parser():
         "--protocol",
         choices=list(PROTOCOLS),
         default="fast",
-        help="fast: features once, best of a grid; adam: the paper's, for small sets; dino: with augmentation, "
-        "--batch_size_per_gpu images per step and process",
+        help="fast: features once, best of a grid; adam: the paper's, for small sets; few: few labels per class, mean "
+        "over draws; dino: with augmentation, --batch_size_per_gpu images per step and process",
     )
     add(
         "--n_last_blocks", type=utils.positive(int), default=None,
@@ -109,6 +121,14 @@ def get_args_parser():
     add(
         "--lr", type=utils.positive(float), default=None,
         help="learning rate (default: adam 1e-2; dino 1e-3 per 256 images of a step, falling to 0 by a cosine)",
+    )  # fmt: skip
+    add(
+        "--labels_per_class", type=utils.positive(int), default=None,
+        help="few: labelled training images of each class in a draw (default: 10)",
+    )  # fmt: skip
+    add(
+        "--draws", type=utils.positive(int), default=None,
+        help="few: draws of labelled images, seeded by --seed; the first of 20 are those of 10 (default: 10)",
     )  # fmt: skip
     add(
         "--val_freq", type=utils.positive(int), default=None,
@@ -149,6 +169,11 @@ def main(argv=None):
         train_images, val_images = evaluation.open_train_and_val(models, "a linear classifier")
         if args.protocol == "dino":
             found = [train_with_crops(evaluated, train_images, val_images, models) for evaluated in models]
+        elif args.protocol == "few":
+            drawn = (train_images.classes, args.labels_per_class, args.draws, args.seed)
+            draws = draw_labelled(train_images.labels, *drawn)  # first: it may end here
+            matrices = evaluation.extract_all(models, train_images, val_images)
+            found = [fit_to_draws(*each, train_images.labels, val_images, draws) for each in matrices]
         else:
             matrices = evaluation.extract_all(models, train_images, val_images)
             found = [fit_to_features(*each, train_images) for each in matrices]
@@ -183,7 +208,7 @@ def choose_features(evaluated):
         evaluated.model = model.with_last_blocks(args.n_last_blocks, args.avgpool_patchtokens)
 
 
-# ---- fast and adam: a classifier on a matrix of features -------------------------------------------------------------
+# ---- fast, adam and few: classifiers on a matrix of features ---------------------------------------------------------
 
 
 def fit_to_features(evaluated, train, val, train_images):
@@ -198,6 +223,26 @@ def fit_to_features(evaluated, train, val, train_images):
         fit = fit_adam(train[0], train_images.labels, num_classes, args.epochs, args.lr, **given)
     ranked = predict(val[0], fit.classifier, evaluated.device)
     return fit.settings | {"num_features": train[0].shape[1], "warnings": fit.warnings}, ranked
+
+
+def fit_to_draws(evaluated, train, val, train_labels, val_images, draws):
+    """draws: rows of train, as `draw_labelled` returns.
+    Returns a row of the table, and the ranked classes of the validation images, once for each draw.
+    """
+    args, num_classes = evaluated.args, len(val_images.classes)
+    fits = fit_few(train[0], train_labels, draws, evaluated.device)
+    ranked = [predict(val[0], fit.classifier, evaluated.device) for fit in fits]
+    top1 = [scores(each, val_images.labels, num_classes)["top1"] for each in ranked]
+    told_by_draws = [warning for fit in fits for warning in fit.warnings]
+    row = {
+        "top1_std": float(np.std(top1)),
+        "top1_of_draws": top1,
+        "labels_per_class": args.labels_per_class,
+        "draws": args.draws,
+        "num_features": train[0].shape[1],
+        "warnings": [f"{told} in {told_by_draws.count(told)} of {args.draws} draws" for told in set(told_by_draws)],
+    }
+    return row, torch.cat(ranked)
 
 
 # ---- dino: a classifier on features of new crops in every epoch ------------------------------------------------------
@@ -453,20 +498,23 @@ def fitting_settings(num_features, width):
 
 
 def show(found, models, val_images, args):
-    """found: (row, ranked classes of the validation images) of each model."""
+    """found: of each model a row, and the ranked classes of the validation images, once or as often as there are draws:
+    what is shown is the mean over them."""
     classes, rows = val_images.classes, []
+    labels = np.tile(val_images.labels, len(found[0][1]) // len(val_images))
+    name, stem = ("few", "confusion_few") if args.protocol == "few" else ("linear", "confusion")
     for evaluated, (row, ranked) in zip(models, found, strict=True):
-        scored = scores(ranked, val_images.labels, len(classes))
+        scored = scores(ranked, labels, len(classes))
         scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))
         rows.append({"checkpoint": evaluated.name} | scored | row)
     columns = COLUMNS | {key: title for key, title in OWN_COLUMNS[args.protocol].items() if key in rows[0]}
     notes = [f"{row['checkpoint']}: {warning}" for row in rows for warning in row.get("warnings", ())]
     notes += [best_and_worst(row) for row in rows]
-    evaluation.report("linear", rows, columns, args, models, notes)
+    evaluation.report(name, rows, columns, args, models, notes)
     if args.output_dir is not None:
         for evaluated, (_, ranked) in zip(models, found, strict=True):
-            percent = confusion_matrix(ranked, val_images.labels, len(classes))
-            draw_confusion(percent, classes, Path(args.output_dir) / f"confusion_{evaluated.stem}.png")
+            percent = confusion_matrix(ranked, labels, len(classes))
+            draw_confusion(percent, classes, Path(args.output_dir) / f"{stem}_{evaluated.stem}.png")
 
 
 def best_and_worst(row, most=3):

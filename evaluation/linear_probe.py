@@ -1,7 +1,9 @@
-"""Linear classifiers on frozen features that lie in a matrix: a grid of them by SGD, or one by Adam; and their scores.
+"""Linear classifiers on frozen features that lie in a matrix: a grid of them by SGD, one by Adam, or one for each draw
+of a few labelled images; and their scores.
 
     fit = fit_selected(features, labels, num_classes, lrs, weight_decays)     # of a grid, what held-out images prefer
     fit = fit_adam(features, labels, num_classes, epochs=100, lr=1e-2)
+    fits = fit_few(features, labels, draw_labelled(labels, classes, per_class=10, draws=10))
     scores(predict(features, fit.classifier, device), labels, num_classes)
 
 The matrix stays where it is, mapped into memory if it comes from a file, and is read a batch at a time.
@@ -13,6 +15,7 @@ A classifier is (weight (C, D), bias (C,)), float32.
 import dataclasses
 import itertools
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -32,6 +35,8 @@ HELD_OUT = 0.1  # of the training images of each class, to choose by
 RIDGE = 1e-5
 MAX_WHITENED = 8192  # D whose correlations (8 D^2 bytes) and their eigenvectors are still computed
 ADAM_BATCH = 256  # images
+FEW_C = 0.1  # 1 / weight of the penalty, fixed before any score was seen
+FEW_ITERATIONS = 200  # of L-BFGS, at most
 
 
 @dataclasses.dataclass
@@ -158,13 +163,17 @@ def place(features, device):
 def whitening(features, device):
     """(mean (D,), basis (D, D)), float64: (x - mean) @ basis has variance 1 and no correlations, except that directions
     with less than about `RIDGE` of a feature's variance, once each is standardised, are not blown up to 1."""
-    mean = sum(x.to(device).sum(dim=0).cpu().double() for x in features.split(ROWS)) / len(features)
+    mean = mean_of(features, device)
     shift = mean.float().to(device)
     covariance = sum(((x := rows.to(device) - shift).T @ x).cpu().double() for rows in features.split(ROWS))
     scale = (covariance.diagonal() / len(features)).sqrt()
     scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)  # a constant feature stays at zero
     variances, directions = torch.linalg.eigh(covariance / len(features) / torch.outer(scale, scale))
     return mean, directions / scale[:, None] / (variances.clamp(min=0) + RIDGE).sqrt()
+
+
+def mean_of(features, device):
+    return sum(x.to(device).sum(dim=0).cpu().double() for x in features.split(ROWS)) / len(features)
 
 
 # ---- Adam ------------------------------------------------------------------------------------------------------------
@@ -194,6 +203,58 @@ def fit_adam(features, labels, num_classes, epochs=100, lr=1e-2, seed=0, device=
             total += loss.detach() * len(rows)
     settings = {"epochs": epochs, "lr": lr, "batch_size": ADAM_BATCH, "loss": float(total) / len(features)}
     return Fit((classifier.weight.detach().cpu(), classifier.bias.detach().cpu()), settings)
+
+
+# ---- few labels ------------------------------------------------------------------------------------------------------
+
+
+def draw_labelled(labels, classes, per_class=10, draws=10, seed=0):
+    """`draws` arrays of C x per_class images, class by class, each drawn without replacement.
+
+    A function of labels, sizes and seed alone: all models see the same images, and the first of 20 draws are those of
+    10. labels: (N,) integers.  classes: C names. Raises UserError where a class has fewer than `per_class` images.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if (fewest := counts.min()) < per_class:
+        raise UserError(
+            f"--labels_per_class {per_class}: {classes[counts.argmin()]}, the smallest class, has {fewest} training "
+            f"images; expected at most {fewest}"
+        )
+    of_class = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([rng.choice(rows, per_class, replace=False) for rows in of_class]) for _ in range(draws)]
+
+
+def fit_few(features, labels, draws, device="cpu"):
+    """A `Fit` for each draw: scikit-learn's logistic regression with an L2 penalty, C = `FEW_C`, on the draw's images.
+
+    Features are centred and scaled by one number, so that their overall variance over all N images, whose labels are
+    not looked at, is 1. features: (N, D) float32.  labels: (N,).  draws: arrays of rows, as `draw_labelled` returns.
+    A fit warns where L-BFGS ended before it converged.
+    """
+    mean = mean_of(features, device)
+    shift = mean.float()
+    square = sum((rows - shift).square().sum().double() for rows in features.split(ROWS))
+    scale = float((square / features.numel()).sqrt()) or 1.0  # features that are all alike stay at zero
+    labels = np.asarray(labels)
+    return [fit_one_draw((features[rows] - shift) / scale, labels[rows], mean, scale) for rows in draws]
+
+
+def fit_one_draw(z, labels, mean, scale):
+    """z: (n, D), the draw's features less mean (D,), over scale. Returns a `Fit` for features as they are."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = LogisticRegression(C=FEW_C, max_iter=FEW_ITERATIONS).fit(z.numpy(), labels)
+    weight, bias = torch.from_numpy(model.coef_).double() / scale, torch.from_numpy(model.intercept_).double()
+    bias = bias - weight @ mean
+    if len(weight) == 1:  # of two classes scikit-learn fits the second's logit, less the first's
+        weight, bias = F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))
+    ended = [warning for warning in caught if issubclass(warning.category, ConvergenceWarning)]
+    told = [f"logistic regression ended before it converged (at most {FEW_ITERATIONS} iterations)"] if ended else []
+    return Fit((weight.float(), bias.float()), {}, told)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

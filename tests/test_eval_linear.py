@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.linear_model
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as tv
@@ -14,6 +15,7 @@ import augmentation
 import checkpoint
 import data
 import eval_linear
+import evaluation
 import images as images_module
 import pretrained
 from backbones import build_backbone
@@ -58,8 +60,8 @@ def dino(folder, output_dir, *more, **kwargs):
                  *more, **kwargs)  # fmt: skip
 
 
-def results(output_dir):
-    return json.loads((output_dir / "results_linear.json").read_text())["rows"]
+def results(output_dir, name="linear"):
+    return json.loads((output_dir / f"results_{name}.json").read_text())["rows"]
 
 
 def pixels(folder, split):
@@ -136,6 +138,55 @@ def test_adam_and_several_models_in_one_table(folder, tmp_path):
     top1 = (linear_probe.predict(val.flatten(1), fit.classifier)[:, 0] == val_labels).double().mean().item()
     assert rows[0]["top1"] == pytest.approx(100 * top1)
     assert len(list(tmp_path.glob("confusion_*.png"))) == 4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # scikit-learn's own, called by this test
+def test_few_labels_by_hand_beside_another_protocol_s_files(folder, tmp_path, capsys):
+    eval_linear.main(flags(folder, "--epochs", 1, "--output_dir", tmp_path))
+    fast = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    given = ["--protocol", "few", "--labels_per_class", 4, "--draws", 3, "--seed", 5, "--baselines"]
+    eval_linear.main(flags(folder, *given, "--output_dir", tmp_path, "--features_dir", tmp_path / "features"))
+    rows, shown = results(tmp_path, "few"), capsys.readouterr().out
+    assert [row["checkpoint"] for row in rows][:2] == ["raw pixels", "random weights"]
+    (train, labels), (val, val_labels) = (pixels(folder, split) for split in ("train", "val"))
+    for row, network in ((rows[0], torch.nn.Flatten()), (rows[2], model_of(folder))):
+        every = by_scikit_learn(network(train), labels.numpy(), network(val), per_class=4, draws=3, seed=5)
+        hits = every == val_labels.numpy()  # (draws, M)
+        top1 = 100 * hits.mean(axis=1)
+        assert row["top1_of_draws"] == pytest.approx(top1)
+        assert row["top1"] == pytest.approx(top1.sum() / 3)
+        assert row["top1_std"] == pytest.approx(math.sqrt(((top1 - top1.sum() / 3) ** 2).sum() / 3))
+        by_class = {f"class{c}": 100 * hits[:, val_labels == c].mean() for c in range(NUM_CLASSES)}
+        assert row["per_class"] == pytest.approx(by_class)
+        assert (row["labels_per_class"], row["draws"]) == (4, 3)
+        assert 20 < row["top1"] < 100
+        assert row["top1_std"] > 0
+        assert f"| {row['top1_std']:.2f} |".replace(" ", "") in shown.replace(" ", "")
+    assert len(fast) == 3
+    assert fast == {path: path.read_bytes() for path in fast}
+    assert len(list(tmp_path.glob("confusion_few_*.png"))) == 3
+    assert "raw pixels: logistic regression ended before it converged (at most 200 iterations) in " in shown
+
+
+def by_scikit_learn(train, labels, val, per_class, draws, seed):
+    """Predicted classes (draws, M): the few labels' rows drawn and fitted here."""
+    rng, mean, found = np.random.default_rng(seed), train.mean(0), []
+    scale = (train - mean).square().mean().sqrt()
+    for _ in range(draws):
+        rows = [rng.choice(np.flatnonzero(labels == c), per_class, replace=False) for c in range(NUM_CLASSES)]
+        rows = np.concatenate(rows)
+        model = sklearn.linear_model.LogisticRegression(C=0.1, max_iter=200)
+        model.fit(((train[rows] - mean) / scale).numpy(), labels[rows])
+        found.append(model.predict(((val - mean) / scale).numpy()))
+    return np.stack(found)
+
+
+def test_few_labels_are_refused_before_a_picture_is_read(folder, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "extract_all", None)
+    message = "--labels_per_class 11: class0, the smallest class, has 10 training images; expected at most 10"
+    assert_one_line(flags(folder, "--protocol", "few", "--labels_per_class", 11), message, capsys)
 
 
 # ---- DINO's protocol -------------------------------------------------------------------------------------------------
@@ -347,6 +398,9 @@ def test_two_processes_are_one_with_their_joined_batch(folder, tmp_path, run_in_
     ("given", "message"),
     [
         (["--lr", "0.1"], "--lr means nothing to --protocol fast: it belongs to --protocol adam or dino"),
+        (["--draws", "3"], "--draws means nothing to --protocol fast: it belongs to --protocol few"),
+        (["--protocol", "few", "--epochs", "3"], "--epochs means nothing to --protocol few"),
+        (["--protocol", "few", "--draws", "0"], "--draws 0: expected a whole number of at least 1"),
         (["--evaluate"], "--evaluate means nothing to --protocol fast: it belongs to --protocol dino"),
         (["--protocol", "adam", "--weight_decays", "1"], "--weight_decays means nothing to --protocol adam"),
         (["--protocol", "adam", "--epochs", "0"], "--epochs 0: expected a whole number of at least 1"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from data import epoch_order
 from evaluation import linear_probe
-from evaluation.linear_probe import fit_adam, fit_grid, fit_selected, hold_out, predict, scores
+from evaluation.linear_probe import draw_labelled, fit_adam, fit_few, fit_grid, fit_selected, hold_out, predict, scores
 from utils import UserError
 
 NUM_CLASSES = 7
@@ -218,3 +218,65 @@ def test_what_cannot_be_is_one_line(change, message):
     given = {"features": torch.randn(10, 3), "labels": np.arange(10) % 2, "num_classes": 10} | change
     with pytest.raises(UserError, match=message):
         fit_selected(**given)
+
+
+# ---- few labels ------------------------------------------------------------------------------------------------------
+
+
+def few_by_hand(train, train_labels, test, test_labels, per_class, draws, seed, num_classes=NUM_CLASSES):
+    """Top-1 in percent of each draw, by scikit-learn's own `predict` on features centred and scaled."""
+    rng, mean = np.random.default_rng(seed), train.mean(0)
+    scale = (train - mean).square().mean().sqrt()
+    train, test, found = ((train - mean) / scale).numpy(), ((test - mean) / scale).numpy(), []
+    for _ in range(draws):
+        rows = [rng.choice(np.flatnonzero(train_labels == c), per_class, replace=False) for c in range(num_classes)]
+        rows = np.concatenate(rows)
+        model = sklearn.linear_model.LogisticRegression(C=0.1, max_iter=200).fit(train[rows], train_labels[rows])
+        found.append(100 * (model.predict(test) == np.asarray(test_labels)).mean())
+    return found
+
+
+@pytest.mark.parametrize("num_classes", [2, NUM_CLASSES])
+def test_few_labels_are_scikit_learn_s_on_the_same_rows(num_classes):
+    (train, labels), (test, test_labels) = correlated(600, 0), correlated(400, 1)
+    labels, test_labels = (of % num_classes for of in (labels, test_labels))
+    draws = draw_labelled(labels.numpy(), range(num_classes), 5, 4, seed=3)
+    fits = fit_few(train, labels, draws)
+    found = [scores(predict(test, fit.classifier), test_labels, num_classes)["top1"] for fit in fits]
+    expected = few_by_hand(train, labels, test, test_labels, 5, 4, 3, num_classes)
+    assert found == pytest.approx(expected, abs=0.26)  # one image in 400, where two classes are equal to rounding
+    assert len(set(found)) > 1
+    assert max(found) > 1.2 * 100 / num_classes
+    assert [fit.warnings for fit in fits] == [[]] * 4
+
+
+def test_draws_begin_alike_and_hold_each_class_equally():
+    labels = np.random.default_rng(0).integers(NUM_CLASSES, size=300)
+    short, long = (draw_labelled(labels, range(NUM_CLASSES), 6, draws, seed=1) for draws in (3, 8))
+    assert all(np.array_equal(a, b) for a, b in zip(short, long, strict=False))
+    assert len({tuple(rows) for rows in long}) == 8
+    for rows in long:
+        assert np.array_equal(labels[rows], np.repeat(np.arange(NUM_CLASSES), 6))
+        assert len(set(rows)) == len(rows)
+    assert not np.array_equal(short[0], draw_labelled(labels, range(NUM_CLASSES), 6, 1, seed=2)[0])
+
+
+def test_a_class_without_enough_images_is_named():
+    with pytest.raises(UserError, match="--labels_per_class 3: bee, the smallest class, has 2 training images"):
+        draw_labelled(np.array([0, 0, 0, 1, 1, 2, 2, 2]), ["ant", "bee", "cat"], 3)
+    with pytest.raises(UserError, match="cat, the smallest class, has 0 training images"):
+        draw_labelled(np.array([0, 0, 1, 1]), ["ant", "bee", "cat"], 1)
+
+
+def test_features_that_are_all_alike_name_one_class():
+    labels = torch.arange(6) % 3
+    (fit,) = fit_few(torch.full((6, 4), 0.1), labels, draw_labelled(labels.numpy(), "abc", 2, 1))
+    assert len(set(predict(torch.full((9, 4), 0.1), fit.classifier)[:, 0].tolist())) == 1
+
+
+def test_a_fit_that_did_not_converge_says_so(monkeypatch, recwarn):
+    monkeypatch.setattr(linear_probe, "FEW_ITERATIONS", 2)
+    train, labels = correlated(200, 0)
+    (fit,) = fit_few(train, labels, draw_labelled(labels.numpy(), range(NUM_CLASSES), 5, 1))
+    assert fit.warnings == ["logistic regression ended before it converged (at most 2 iterations)"]
+    assert not recwarn.list
