@@ -87,7 +87,8 @@ def main(argv=None):
 
 
 def analyse(evaluated, features, codes, args):
-    """(row of the table, curves for JSON and figures, arrays for pictures) of one model."""
+    """(row of the table, curves for JSON and figures, arrays for pictures) of one model. Parts of a row are joined by
+    `dict`, which refuses a name that is there already: one of two numbers would be lost."""
     head = evaluated.model.head
     row, curves, tightness = analyse_features(features, args)
     sample = collapse.some_indices(len(features), collapse_figures.ADJACENCY_ROWS, args.seed)
@@ -97,7 +98,7 @@ def analyse(evaluated, features, codes, args):
         usage = collapse.code_usage(codes, head.num_codes)
         curves["usage"] = usage.pop("counts")
         within_code = float(within_code_variance(features, codes))
-        row |= usage | {"within_code": None if math.isnan(within_code) else within_code}
+        row = dict(**row, **usage, within_code=finite(within_code))
         some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
         tightness.append(collapse.tightness(features[some], codes[some]))
         pictures["codes"] = codes[sample]
@@ -106,7 +107,7 @@ def analyse(evaluated, features, codes, args):
         device = evaluated.device if evaluated.device.type == "cuda" else torch.device("cpu")  # mps has no float64
         h = collapse.embed(head, features, device)
         of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, evaluated, args, device)
-        row |= of_theory
+        row = dict(**row, **of_theory)
         entropy = row["entropy"]
         pictures |= of_pictures | {"vectors": h[sample], "of": "embeddings h"}
     else:
@@ -117,8 +118,8 @@ def analyse(evaluated, features, codes, args):
     if args.output_dir is not None and args.tsne_samples and row["spread"] > SAME:
         positions, rows = collapse.tsne(features, args.tsne_samples, args.seed)
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
-    row |= verdicts(row, curves["spectrum"], tightness, usage, len(features), entropy)
-    return row, curves, pictures
+    told = verdicts(row, curves["spectrum"], tightness, usage, len(features), entropy)
+    return dict(**row, **told), curves, pictures
 
 
 def analyse_features(features, args):
@@ -157,16 +158,17 @@ def analyse_embeddings(h, codes, evaluated, args, device):
     if any(evaluated.model.settings.get(name) is None for name in ASSUMED):
         evaluation.note(f"{evaluated.name} does not say its beta and prior: the gap is for {settings}")
     of_loss = collapse.certificate(h, head.codes.to(device), head.tau, **settings, eps=smallest_probability(head))
-    row = {
-        "alignment": aligned["mean"],
-        "alignment_quantile_5": aligned["quantile_5"],
-        "alignment_chance": aligned["chance"],
-        "off_diagonal_mass": collapse.off_diagonal_mass(moment),
+    row = dict(
+        alignment=aligned["mean"],
+        alignment_quantile_5=aligned["quantile_5"],
+        alignment_chance=aligned["chance"],
+        off_diagonal_mass=collapse.off_diagonal_mass(moment),
         **{f"block_cosine_{name}": value for name, value in blocks.items()},
-        **settings,
+        beta=settings["beta"],
+        prior_form=settings["prior"],  # "prior" is the term's value, in nats
         **of_loss,
-        "embedding_rankme": finite(rankme(collapse.some_rows(h, RANKME_ROWS, args.seed))),
-    }
+        embedding_rankme=finite(rankme(collapse.some_rows(h, RANKME_ROWS, args.seed))),
+    )
     shown = collapse.some_indices(head.dictionary.num_codes, collapse_figures.DICTIONARY_COLUMNS, args.seed)
     columns = head.dictionary.columns(shown.to(device)).float().cpu()
     return row, collapse.covariance_eigenvalues(h).tolist(), {"moment": moment, "dictionary": columns}

@@ -506,7 +506,7 @@ def show(found, models, val_images, args):
     for evaluated, (row, ranked) in zip(models, found, strict=True):
         scored = scores(ranked, labels, len(classes))
         scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))
-        rows.append({"checkpoint": evaluated.name} | scored | row)
+        rows.append(dict(checkpoint=evaluated.name, **scored, **row))
     columns = COLUMNS | {key: title for key, title in OWN_COLUMNS[args.protocol].items() if key in rows[0]}
     notes = [f"{row['checkpoint']}: {warning}" for row in rows for warning in row.get("warnings", ())]
     notes += [best_and_worst(row) for row in rows]

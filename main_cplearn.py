@@ -363,15 +363,15 @@ def log_step(run, step, features, clock):
     run.model.objective.share_statistics()
     bad_images = count_bad_images(run)
     if rank() == 0:
-        line = {
+        line = dict(  # refuses a name that comes twice
             **log_head("step", run, step, averages),
             **feature_tensors(features.flatten(0, 2)),
             **run.model.objective.statistics(features[:, 0].flatten(0, 1), averages),
-            "bad_images": bad_images,
-            "images_per_s": clock.steps * images / clock.elapsed(),
-            "data_wait": clock.waited / clock.elapsed(),  # share of the time
-            "memory_mb": memory_mb(run.device),
-        }
+            bad_images=bad_images,
+            images_per_s=clock.steps * images / clock.elapsed(),
+            data_wait=clock.waited / clock.elapsed(),  # share of the time
+            memory_mb=memory_mb(run.device),
+        )
         line = read_together(line)
         run.log.write(line)
         if step > warmup_steps(run):  # before that, p is near uniform in every run

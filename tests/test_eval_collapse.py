@@ -94,7 +94,9 @@ def test_command_writes_numbers_that_a_reader_can_check(run, folder, tmp_path):
 
     head = make_head().eval().requires_grad_(False)
     h = head(features).double()
-    loss, _ = cplearn_loss([h, h], head.codes, head.tau, 0.4, "ce")
+    loss, terms = cplearn_loss([h, h], head.codes, head.tau, 0.4, "ce")
+    assert (row["beta"], row["prior_form"]) == (0.4, "ce")  # as in the checkpoint, beside the prior's value
+    assert row["prior"] == pytest.approx(float(terms["prior"]), rel=1e-5)
     assert row["gap"] == pytest.approx(float(loss) - loss_lower_bound(32, 0.4, "ce"), rel=1e-5)
     p = torch.softmax(h @ head.codes.double() / head.tau, dim=1)
     entropies = [float(torch.special.entr(x).sum()) for x in (p.mean(dim=0), p)]
@@ -112,6 +114,16 @@ def test_command_writes_numbers_that_a_reader_can_check(run, folder, tmp_path):
     shared = {f"collapse_{kind}.png" for kind in ("spectrum", "cosine", "entropy", "usage")}
     assert shared < names
     assert {name.split("_")[1] for name in names - shared} == {"matrices", "tsne"} and len(names) == 6
+
+
+@pytest.mark.parametrize("name", ["beta", "prior_form", "rankme", "perplexity"])
+def test_a_number_that_would_cover_another_is_refused(run, monkeypatch, name):
+    certificate = eval_collapse.collapse.certificate
+    monkeypatch.setattr(
+        eval_collapse.collapse, "certificate", lambda *args, **more: {name: 1} | certificate(*args, **more)
+    )
+    with pytest.raises(TypeError, match=f"'{name}'"):
+        run("cplearn.pth", flags=["--gmm_components"])
 
 
 def test_without_an_output_folder_nothing_is_drawn(run, monkeypatch):
