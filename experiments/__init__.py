@@ -1,0 +1,259 @@
+"""An experiment: a table as data, and where its results lie.
+
+    experiment = read_experiment("experiments/comparison.toml", "short")
+    for cell in experiment.plan():              # the cells that are known by now; those of grids come first
+        print(cell.name, cell.flags)
+
+A TOML file in this folder holds
+
+    title, about     what the table shows; what was chosen where a paper is silent or contradicts itself
+    [flags]          of every training command, by main_cplearn.py's names
+    [budget.NAME]    seeds, and flags of that budget; `rows` and `columns`: only these; `tune = false`: no grids
+    [[column]]       name, flags: a data set
+    [[row]]          name, flags: an objective; `paper`: what the paper has, by column and score; and, where it has
+                     them, `seeds`, `script` (instead of main_cplearn.py), `take` (the scores of an evaluation's
+                     baseline), `tune` (a grid), `like` (the row whose choice from its grid this row takes)
+    [tune]           `first`: what every grid begins with; flags of its runs, their seed, `evaluate`, and the `score`
+                     that chooses among them
+    [evaluate.NAME]  flags of an evaluation, `script` (by default eval_NAME.py), `keep`: what else of its JSON is kept
+    [log]            `keep`: numbers of log.txt that are kept line by line
+    [[score]]        name, `from` (NAME.KEY, or NAME[METHOD].KEY of one of several lines), `format`
+
+Later flags win: [flags], the budget's, the column's, the row's, the last two with `budget.NAME` of their own; then what
+a grid chose. `tune` is a list of [flag, values]: the flags are searched one after another, each with those before it as
+chosen and those after it as in the row's flags; so grids of equally long lists cost equally many runs.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+SECTIONS = {"title", "about", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure", "claim"}
+ROW_KEYS = {"name", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"}
+BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables
+
+
+@dataclass
+class Cell:
+    """One training run and its evaluations."""
+
+    experiment: str
+    budget: str
+    row: str
+    column: str
+    seed: int
+    script: str
+    flags: dict
+    evaluations: dict  # {name: flags, without those about folders}
+    chosen: dict = field(default_factory=dict)  # flags that a grid chose, or that this run of a grid tries
+    in_grid: bool = False
+
+    @property
+    def name(self):
+        """A file's name, no two alike in one experiment and budget."""
+        tried = [f"{flag}={value}" for flag, value in self.chosen.items()] if self.in_grid else []
+        return "grid/" * self.in_grid + ",".join(map(slug, [self.row, self.column, *tried, f"seed{self.seed}"]))
+
+
+class Experiment:
+    """A table at one budget."""
+
+    def __init__(self, name, spec, budget, overrides=None, results=RESULTS, columns=None):
+        self.name, self.spec, self.budget, self.overrides = name, spec, budget, overrides or {}
+        self.only_columns = columns
+        self.results = Path(results) / name / budget
+
+    @property
+    def at_budget(self):
+        return self.spec["budget"][self.budget]
+
+    def rows(self):
+        return self.some("row")
+
+    def columns(self):
+        only = self.only_columns
+        return [column for column in self.some("column") if only is None or column["name"] in only]
+
+    def some(self, kind):
+        """The rows or columns of this budget."""
+        only = self.at_budget.get(f"{kind}s")
+        return [part for part in self.spec[kind] if only is None or part["name"] in only]
+
+    def seeds(self, row):
+        return row.get("seeds", self.at_budget["seeds"])[: len(self.at_budget["seeds"])]
+
+    def flags(self, row, column):
+        """{flag: value} of a row's training in a column, before any grid."""
+        merged = {}
+        for part in (self.spec, self.at_budget, column, row):
+            merged |= part.get("flags", {})
+            if part is not self.spec and part is not self.at_budget:
+                merged |= part.get("budget", {}).get(self.budget, {})
+        return {flag: value for flag, value in (merged | self.overrides).items() if value != ""}
+
+    def plan(self):
+        """Cells that are known by now: of the grids, and of each row whose grid has ended, seed after seed."""
+        in_grids, cells = {}, []
+        for column in self.columns():
+            for row in self.rows():
+                tried, chosen = self.search(self.tuned(row), column)
+                in_grids |= {cell.name: cell for cell in tried}
+                if chosen is not None:
+                    cells += [self.cell(row, column, seed, chosen) for seed in self.seeds(row)]
+        return [*in_grids.values(), *sorted(cells, key=lambda cell: cell.seed)]  # a sort that keeps rows in order
+
+    def search(self, row, column):
+        """(the cells of a row's grid so far, the flags that it chose, or None while it has not ended)."""
+        grid = self.grid_of(row) if self.at_budget.get("tune", True) else []
+        flags = self.flags(row, column)
+        point, cells = {flag: flags.get(flag) for flag, _ in grid}, []
+        for flag, values in grid:
+            tried = [self.cell_of_grid(row, column, point | {flag: value}) for value in values]
+            cells += tried
+            results = [self.read(cell) for cell in tried]
+            if None in results:
+                return cells, None
+            point = best_of(tried, results, self.spec["tune"]["score"]).chosen
+        return cells, point
+
+    def grid_of(self, row):
+        """[(flag, values)]: one flag after another."""
+        return [*self.spec["tune"].get("first", []), *row["tune"]] if "tune" in row else []
+
+    def tuned(self, row):
+        """The row whose grid chooses this row's flags."""
+        return next(other for other in self.spec["row"] if other["name"] == row.get("like", row["name"]))
+
+    def cell(self, row, column, seed, chosen):
+        flags = self.flags(row, column) | chosen
+        evaluations = {name: dict(flags) for name, flags in self.spec.get("evaluate", {}).items()}
+        if row.get("take") in BASELINES:
+            for of_evaluation in evaluations.values():
+                of_evaluation["baselines"] = True
+        script = row.get("script", "main_cplearn.py")
+        return Cell(self.name, self.budget, row["name"], column["name"], seed, script, flags, evaluations, chosen)
+
+    def cell_of_grid(self, row, column, point):
+        tune = self.spec["tune"]
+        cell = self.cell(row, column, tune.get("seed", 0), point)
+        cell.flags |= tune.get("flags", {})
+        cell.evaluations = {name: cell.evaluations[name] for name in tune["evaluate"]}
+        cell.in_grid = True
+        return cell
+
+    # ---- results -----------------------------------------------------------------------------------------------------
+
+    def path(self, cell):
+        return self.results / f"{cell.name}.json"
+
+    def read(self, cell):
+        """What was kept of a cell, done or failed; None where it has not been run."""
+        return read_json(self.path(cell))
+
+    def finals(self, row, column):
+        """What was kept of a row's cells in a column, one per seed that has been run."""
+        _, chosen = self.search(self.tuned(row), column)
+        cells = [] if chosen is None else [self.cell(row, column, seed, chosen) for seed in self.seeds(row)]
+        return [result for cell in cells if (result := self.read(cell)) is not None]
+
+
+def best_of(cells, results, score):
+    """The cell of the best score; of equal ones the first. Raises UserError where all have failed."""
+    scores = [score_of(result, score) for result in results]
+    if all(value is None for value in scores):
+        raise UserError(f"{cells[0].name} and the rest of its grid failed: nothing to choose from; see {RESULTS}")
+    return max(zip(cells, scores, strict=True), key=lambda pair: -1 if pair[1] is None else pair[1])[0]
+
+
+def score_of(result, score, take="trained"):
+    """One number of what was kept of a cell; None where it failed or has no such number.
+
+    score: "linear.top1", "cluster[k-means 10].ami", "cluster[codes].nmi", or a name such as "cpu_s.train".
+    take: "trained", or the name of a baseline."""
+    found = re.fullmatch(r"(\w+)(?:\[(.+)\])?\.(\w+)", score)
+    if found is None:
+        raise UserError(f"score {score}: expected NAME.KEY or NAME[METHOD].KEY, such as cluster[codes].ami")
+    name, method, key = found.groups()
+    if result["status"] != "done":
+        return None
+    if name not in result["scores"]:
+        return result.get(name, {}).get(key)
+    rows = [row for row in result["scores"][name] if row["checkpoint"] == take]
+    rows = [row for row in rows if method in (None, row.get("method"))]
+    return rows[0].get(key) if rows else None
+
+
+def read_experiment(path, budget, overrides=None, results=RESULTS, columns=None):
+    """overrides: {flag: value} over the file's.  columns: names of the only columns that are meant.
+
+    Raises UserError for a file that cannot be read or that does not hold together."""
+    try:
+        spec = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        there = ", ".join(sorted(file.stem for file in ROOT.glob("*.toml")))
+        raise UserError(f"{path}: cannot be read ({error}); experiments that there are: {there}") from None
+    check(path, spec, budget)
+    if unknown := sorted(set(columns or ()) - {column["name"] for column in spec["column"]}):
+        raise UserError(f"{path}: no column {unknown[0]}; it has {', '.join(c['name'] for c in spec['column'])}")
+    return Experiment(Path(path).stem, spec, budget, overrides, results, columns)
+
+
+def check(path, spec, budget):
+    """That names in it mean something: an experiment runs for hours before a misspelt one would be missed."""
+    unknown = sorted(set(spec) - SECTIONS)
+    unknown += sorted(key for row in spec.get("row", []) for key in set(row) - ROW_KEYS)
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} means nothing; expected {', '.join(sorted(SECTIONS | ROW_KEYS))}")
+    budgets = spec.get("budget", {})
+    if budget not in budgets:
+        raise UserError(f"{path}: no budget {budget}; it has {', '.join(budgets)}")
+    for kind in ("row", "column"):
+        names = [part["name"] for part in spec.get(kind, [])]
+        asked = {name for of_budget in budgets.values() for name in of_budget.get(f"{kind}s", [])}
+        asked |= {row["like"] for row in spec.get("row", []) if kind == "row" and "like" in row}
+        if not names or len(set(names)) < len(names) or asked - set(names):
+            raise UserError(f"{path}: its {kind}s are {', '.join(names)}; expected some, no two alike, "
+                            f"and among them {', '.join(sorted(asked)) or 'any'}")  # fmt: skip
+    for row in spec["row"]:
+        grid = [*spec.get("tune", {}).get("first", []), *row.get("tune", [])] if "tune" in row else []
+        untold = [flag for flag, _ in grid if flag not in row.get("flags", {}) | spec.get("flags", {})]
+        if untold:
+            raise UserError(f"{path}: row {row['name']} tunes {untold[0]}; expected its value before that in its flags")
+
+
+def read_json(path):
+    """None where there is no such file. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it, the cell is run again") from None
+
+
+def words_of(flags):
+    """{"lr": 0.1, "flag": True, "scale": [0.2, 1]} -> ["--lr", "0.1", "--flag", "--scale", "0.2", "1"]."""
+    words = []
+    for flag, value in flags.items():
+        if value is False:
+            words.append(f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{flag}", *map(str, values)]
+    return words
+
+
+def slug(text):
+    """Part of a file's name that shows what it was: "CPLearn, K = 1024" -> "CPLearn_K=1024"."""
+    return re.sub(r"[^\w.=+-]+", "_", re.sub(r"\s*=\s*", "=", text)).strip("_")
