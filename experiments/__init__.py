@@ -12,7 +12,8 @@ A TOML file in this folder holds
     [[column]]       name, flags: a data set
     [[row]]          name, flags: an objective; `paper`: what the paper has, by column and score; and, where it has
                      them, `seeds`, `script` (instead of main_cplearn.py), `take` (the scores of an evaluation's
-                     baseline), `tune` (a grid), `like` (the row whose choice from its grid this row takes)
+                     baseline), `tune` (a grid), `like` (the row whose choice from its grid this row takes), `vary`
+                     ({flag: values}: a row for each of their combinations, whose name has {flag} in it)
     [tune]           `first`: what every grid begins with; flags of its runs, their seed, `evaluate`, and the `score`
                      that chooses among them
     [evaluate.NAME]  flags of an evaluation, `script` (by default eval_NAME.py), `keep`: what else of its JSON is kept
@@ -24,6 +25,7 @@ a grid chose. `tune` is a list of [flag, values]: the flags are searched one aft
 chosen and those after it as in the row's flags; so grids of equally long lists cost equally many runs.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -40,7 +42,7 @@ else:
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 SECTIONS = {"title", "about", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure", "claim"}
-ROW_KEYS = {"name", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"}
+ROW_KEYS = {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"}
 BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables
 
 
@@ -203,10 +205,20 @@ def read_experiment(path, budget, overrides=None, results=RESULTS, columns=None)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         there = ", ".join(sorted(file.stem for file in ROOT.glob("*.toml")))
         raise UserError(f"{path}: cannot be read ({error}); experiments that there are: {there}") from None
+    spec["row"] = [one for row in spec.get("row", []) for one in varied(row)]
     check(path, spec, budget)
     if unknown := sorted(set(columns or ()) - {column["name"] for column in spec["column"]}):
         raise UserError(f"{path}: no column {unknown[0]}; it has {', '.join(c['name'] for c in spec['column'])}")
     return Experiment(Path(path).stem, spec, budget, overrides, results, columns)
+
+
+def varied(row):
+    """The rows that one with `vary` stands for."""
+    vary = row.get("vary", {})
+    for values in itertools.product(*vary.values()):
+        point = dict(zip(vary, values, strict=True))
+        name = row["name"].format(**point) if vary else row["name"]
+        yield row | {"name": name, "flags": row.get("flags", {}) | point}
 
 
 def check(path, spec, budget):

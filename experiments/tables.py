@@ -1,0 +1,149 @@
+"""What the cells of an experiment come to: tables, claims and correlations, written into docs/results.md.
+
+    python -m experiments.tables                       # every block of docs/results.md anew, from experiments/results
+    python -m experiments.tables --page mine.md --results_dir my_results
+    python -m experiments.tables experiments/comparison.toml --budget smoke        # that table, to the terminal
+
+A page holds blocks between two comments, and this program writes what is between them:
+
+    <!-- table comparison short Fashion-MNIST -->
+    <!-- end -->
+
+So every number in such a page comes from a committed JSON file, which tests/test_results.py holds.
+"""
+
+import re
+import statistics
+from pathlib import Path
+
+from evaluation import markdown_table
+from experiments import RESULTS, ROOT, read_experiment, score_of
+from utils import ArgumentParser, UserError, command_line
+
+PAGE = ROOT.parent / "docs" / "results.md"
+BLOCK = re.compile(r"(<!-- (?!end)([^\n]+?) -->\n).*?(<!-- end -->)", re.S)
+
+
+def get_args_parser():
+    parser = ArgumentParser("python -m experiments.tables", "Tables of experiments, from what was kept of their cells.")
+    add = parser.add_argument
+    add("experiment", nargs="?", default=None, metavar="FILE", help="print this experiment's tables; change no page")
+    add("--budget", default="short", help="of that experiment")
+    add("--page", default=str(PAGE), help="the page whose blocks are written (default: docs/results.md)")
+    add("--results_dir", default=str(RESULTS), help="default: experiments/results")
+    return parser
+
+
+@command_line
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    if args.experiment is None:
+        text = Path(args.page).read_text()
+        Path(args.page).write_text(refreshed(text, args.results_dir))
+        print(f"{args.page}: {len(BLOCK.findall(text))} blocks")
+        return
+    experiment = read_experiment(args.experiment, args.budget, results=args.results_dir)
+    print("\n\n".join(table(experiment, column) for column in experiment.columns()))
+
+
+def refreshed(text, results=RESULTS):
+    """A page with all its blocks made anew. Raises UserError for a block that means nothing."""
+    return BLOCK.sub(lambda found: f"{found[1]}{block(found[2], results)}\n{found[3]}", text)
+
+
+def block(words, results):
+    from experiments import claims  # which stands on this file
+
+    kind, *rest = words.split()
+    if kind == "table" and len(rest) >= 2:
+        name, budget, *column = rest
+        experiment = read_experiment(ROOT / f"{name}.toml", budget, results=results)
+        columns = [c for c in experiment.columns() if not column or c["name"] == " ".join(column)]
+        if columns:
+            return "\n\n".join(table(experiment, column) for column in columns)
+    if kind == "claim" and len(rest) == 1 and rest[0] in claims.CLAIMS:
+        return claims.CLAIMS[rest[0]](results)
+    raise UserError(f"<!-- {words} -->: expected table EXPERIMENT BUDGET [COLUMN], or claim and one of "
+                    f"{', '.join(claims.CLAIMS)}")  # fmt: skip
+
+
+# ---- one table -------------------------------------------------------------------------------------------------------
+
+
+def table(experiment, column):
+    """Markdown: a line per row of the experiment, mean and standard deviation over seeds of each score."""
+    scores = experiment.spec["score"]
+    lines, titles = [], {"row": (column["name"], "")}
+    for row in experiment.rows():
+        found = experiment.finals(row, column)
+        line = {"row": row["name"]}
+        for score in scores:
+            line[score["name"]] = cell_text(found, score, row, len(experiment.seeds(row)))
+            of_paper = row.get("paper", {}).get(column["name"], {}).get(score["name"])
+            if of_paper is not None:
+                line[f"{score['name']}, paper"] = of_paper
+        lines.append(line)
+    for score in scores:
+        for title in (score["name"], f"{score['name']}, paper"):
+            if any(title in line for line in lines):
+                titles[title] = (title, "")
+    return f"{markdown_table(lines, titles)}\n\n{caption(experiment, column)}"
+
+
+def cell_text(found, score, row, num_seeds):
+    """ "51.2 ± 0.3", with what chance gives, how many cells failed, and how many there are where some are missing."""
+    if not found:
+        return None
+    values = [value for result in found if (value := value_of(result, score, row)) is not None]
+    failed = sum(result["status"] == "failed" for result in found)
+    if not values:
+        return f"failed ({failed} of {len(found)})" if failed else None
+    text = describe(values, score.get("format", ""))
+    if "chance" in score:
+        levels = [
+            v for result in found if (v := score_of(result, score["chance"], row.get("take", "trained"))) is not None
+        ]
+        text += f" ({statistics.fmean(levels):{score['format']}})"
+    if len(found) < num_seeds:
+        text += f" (n = {len(found)})"
+    return text + (f", {failed} failed" if failed else "")
+
+
+def value_of(result, score, row):
+    value = score_of(result, score["from"], row.get("take", "trained"))
+    return value if value is None or isinstance(value, str) else value * score.get("times", 1)
+
+
+def describe(values, form):
+    """Numbers: mean and sample standard deviation; words: each with its count, unless they are all the same."""
+    if isinstance(values[0], str):
+        counts = {value: values.count(value) for value in dict.fromkeys(values)}
+        if len(counts) == 1:
+            return values[0]
+        return "; ".join(f"{value} ({count} of {len(values)})" for value, count in counts.items())
+    text = f"{statistics.fmean(values):{form}}"
+    return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
+
+
+def caption(experiment, column):
+    """What a reader must know of a table, and the command that makes it."""
+    results = [result for row in experiment.rows() for result in experiment.finals(row, column)]
+    if not results:
+        return "Not run yet."
+    seeds = sorted({result["seed"] for result in results})
+    commits = sorted({result["commit"] for result in results})
+    cpu = sum(sum(result["cpu_s"].values()) for result in results) / 3600
+    chance = " In brackets: the same codes under permuted labels." if has_chance(experiment) else ""
+    return (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {len(results)} cells, {cpu:.1f} CPU-hours "
+        f"with their evaluations, commit {', '.join(commits)}.{chance} "
+        f"`python run_experiments.py experiments/{experiment.name}.toml --budget {experiment.budget}`"
+    )
+
+
+def has_chance(experiment):
+    return any("chance" in score for score in experiment.spec["score"])
+
+
+if __name__ == "__main__":
+    main()
