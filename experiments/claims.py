@@ -1,3 +1,303 @@
-"""The paper's claims, each with its numbers and a verdict, from the committed results of experiments."""
+"""The paper's claims, one by one: numbers from the committed results of our experiments, and a verdict.
 
+    CLAIMS["beta"](results)          # Markdown, for a block <!-- claim beta --> of docs/results.md
+
+Verdicts: confirmed; not seen at this budget (the numbers go neither way, or too few runs have ended); refuted. A
+difference counts where it is larger than two standard errors of itself: the runs of two rows are taken as two samples.
+"""
+
+import math
+import statistics
+
+from scipy.stats import spearmanr
+
+from evaluation import markdown_table
+from experiments import ROOT, read_experiment, score_of
+
+CONFIRMED, NOT_SEEN, REFUTED = "confirmed", "not seen at this budget", "refuted"
+COLLAPSES = ("representation", "dimensional", "cluster", "intracluster")
+SIZES = (128, 1024, 16384)
+CPLEARN = [f"CPLearn, {kind}, K = {k}" for kind in ("l2", "tanh", "Hadamard") for k in SIZES]
 CLAIMS = {}
+
+
+def claim(name, says):
+    """A function from folder of results to (verdict, sentences and tables) is a claim of the page under this name."""
+
+    def add(function):
+        def told(results):
+            verdict, text = function(results)
+            return f"**{says}** Verdict: **{verdict}**.\n\n{text}"
+
+        CLAIMS[name] = told
+        return function
+
+    return add
+
+
+# ---- more codes ------------------------------------------------------------------------------------------------------
+
+
+@claim("features", "Larger dictionaries give better features (Table 1, Fig. 5).")
+def larger_k_features(results):
+    scores = {"20-NN": "knn.top1", "linear": "linear.top1", "10 labels per class": "few.top1"}
+    return by_size(results, scores, ".1f")
+
+
+@claim("clusters", "Larger dictionaries give better clusters (Table 1, Fig. 5): here after the correction for chance.")
+def larger_k_clusters(results):
+    scores = {"codes, AMI": "cluster[codes].ami", "k-means of features, AMI": "cluster[k-means 10].ami"}
+    verdict, text = by_size(results, scores, ".3f")
+    raw = {"codes, NMI": "cluster[codes].nmi", "NMI, labels permuted": "cluster[codes].nmi_chance"}
+    return verdict, text + "\n\nWithout the correction, the paper's score:\n\n" + by_size(results, raw, ".3f")[1]
+
+
+def by_size(results, scores, form):
+    """(verdict, table) of CPLearn, l2, over K: does the largest K beat the smallest?"""
+    experiment, lines, changes = comparison(results), [], []
+    for column in experiment.columns():
+        for title, score in scores.items():
+            samples = [values(experiment, f"CPLearn, l2, K = {k}", column, score) for k in SIZES]
+            change = difference(samples[-1], samples[0])
+            changes.append(change)
+            texts = {f"K = {k}": mean_and_spread(sample, form) for k, sample in zip(SIZES, samples, strict=True)}
+            lines.append({"": f"{column['name']}, {title}"} | texts | {"last - first": told(change, form)})
+    return judge(changes), as_table(lines)
+
+
+# ---- beta ------------------------------------------------------------------------------------------------------------
+
+
+@claim("beta", "Too large a beta is a cliff (Table 9: 1.0 is best, 1.25 chance level).")
+def cliff(results):
+    lines, places = [], []
+    for column, k, cells in runs_of_beta(results):
+        whole = [beta for beta, result in cells if not collapsed(result)]
+        broken = [beta for beta, result in cells if collapsed(result)]
+        if not cells:
+            continue
+        places.append((max(whole, default=0), min(broken, default=math.inf)))
+        lines.append(
+            {"": f"{column}, K = {k}", "runs": len(cells), "largest beta without collapse": max(whole, default=None),
+             "smallest beta with collapse": min(broken, default=None)}
+        )  # fmt: skip
+    if not lines:
+        return NOT_SEEN, "Not run yet."
+    falls = [broken < math.inf for _, broken in places]
+    sharp = [whole >= 1.0 and broken <= 1.5 for whole, broken in places]
+    verdict = CONFIRMED if all(sharp) else REFUTED if not any(falls) else NOT_SEEN
+    return verdict, as_table(lines)
+
+
+@claim("warning", "(Ours.) K exp(-prior) < min(K, N) / 4 in a logged line tells a collapse of clusters.")
+def warning(results):
+    counts = {(was, said): 0 for was in (True, False) for said in (True, False)}
+    when = []
+    for _, k, cells in runs_of_beta(results):
+        for _, result in cells:
+            said = first_warning(result, k)
+            counts[collapsed(result), said is not None] += 1
+            when += [] if said is None or not collapsed(result) else [said]
+    total = sum(counts.values())
+    if not total:
+        return NOT_SEEN, "Not run yet."
+    text = (
+        f"{total} runs of `experiments/beta.toml`, on backbones that the limit was not chosen on. Of "
+        f"{counts[True, True] + counts[True, False]} that ended in cluster collapse {counts[True, True]} were told"
+        f"{f', in the median at step {statistics.median(when):.0f} of 300' if when else ''}; of "
+        f"{counts[False, True] + counts[False, False]} that did not, {counts[False, True]} were."
+    )
+    missed, false = counts[True, False], counts[False, True]
+    return (CONFIRMED if missed + false <= total // 20 else REFUTED), text
+
+
+def runs_of_beta(results):
+    """Yields (column, K, [(beta, result)]) of the experiment beta."""
+    experiment = read_experiment(ROOT / "beta.toml", "short", results=results)
+    for column in experiment.columns():
+        for k in sorted({row["flags"]["out_dim"] for row in experiment.rows()}):
+            rows = [row for row in experiment.rows() if row["flags"]["out_dim"] == k]
+            cells = [(row["flags"]["beta"], r) for row in rows for r in experiment.finals(row, column) if done(r)]
+            yield column["name"], k, cells
+
+
+def collapsed(result):
+    return any(kind in score_of(result, "collapse.verdict") for kind in ("cluster", "representation"))
+
+
+def first_warning(result, k):
+    """The step of the first logged line after the warm-up that says so, or None."""
+    lines = result["lines"]
+    for step, perplexity, images in zip(
+        lines["step"], lines["batch_perplexity"], lines["images_per_mean"], strict=True
+    ):
+        if step > WARMUP[result["column"]] and perplexity < min(k, images) / 4:
+            return step
+    return None
+
+
+WARMUP = {"Fashion-MNIST": 47, "CIFAR-10": 78}  # steps: a tenth of an epoch, at most a tenth of the run
+
+
+# ---- collapse --------------------------------------------------------------------------------------------------------
+
+
+@claim("collapse", "CPLearn suffers none of the four collapses, its rivals do (Fig. 6, 13 to 15).")
+def no_collapse(results):
+    experiment, lines = comparison(results), []
+    for row in experiment.rows():
+        found = [r for column in experiment.columns() for r in experiment.finals(row, column) if done(r)]
+        if row.get("take") or row["name"] in ("Untrained", "Supervised") or not found:
+            continue
+        verdicts = [score_of(r, "collapse.verdict") for r in found]
+        counts = {kind: sum(kind in verdict.split(", ") for verdict in verdicts) for kind in COLLAPSES}
+        lines.append({"": row["name"], "runs": len(found)} | counts)
+    own = [line for line in lines if line[""] in CPLEARN]
+    rivals = [line for line in lines if line[""] not in CPLEARN]
+    if not own or not rivals:
+        return NOT_SEEN, "Not run yet."
+    ours, theirs = (sum(line[kind] for line in part for kind in COLLAPSES) for part in (own, rivals))
+    verdict = REFUTED if ours else CONFIRMED if theirs else NOT_SEEN
+    return verdict, as_table(lines)
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+@claim("activation", "tanh and l2 end equal (Table 4).")
+def tanh_and_l2(results):
+    experiment, lines, changes = comparison(results), [], []
+    scores = {
+        "20-NN": ("knn.top1", ".1f"),
+        "linear": ("linear.top1", ".1f"),
+        "codes, AMI": ("cluster[codes].ami", ".3f"),
+    }
+    for column in experiment.columns():
+        for k in SIZES:
+            line = {"": f"{column['name']}, K = {k}, tanh - l2"}
+            for title, (score, form) in scores.items():
+                samples = [values(experiment, f"CPLearn, {kind}, K = {k}", column, score) for kind in ("tanh", "l2")]
+                change = difference(*samples)
+                changes.append(change)
+                line[title] = told(change, form)
+            lines.append(line)
+    if any(change is None for change in changes):
+        return NOT_SEEN, as_table(lines)
+    larger = sum(abs(by) > 2 * error for by, error in changes)
+    return (CONFIRMED if not larger else REFUTED), (
+        f"{larger} of {len(changes)} differences are larger than two standard errors.\n\n{as_table(lines)}"
+    )
+
+
+# ---- choosing without labels -----------------------------------------------------------------------------------------
+
+WITHOUT_LABELS = {  # score, and the sign in which more of it should be better
+    "loss": ("log.train_loss", -1),
+    "gap": ("collapse.gap", -1),
+    "RankMe": ("collapse.rankme", 1),
+    "alpha-ReQ": ("collapse.alpha", -1),
+    "codes in use": ("collapse.codes_used", 1),
+    "perplexity of codes": ("collapse.perplexity", 1),
+}
+WITH_LABELS = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
+
+
+@claim("choice", "(Ours.) What needs no labels ranks runs as scores with labels do.")
+def choice(results):
+    lines, best = [], None
+    for column, system, found in runs_by_system(results):
+        for target, score in WITH_LABELS.items():
+            line = {"": f"{column}, {system}, {target}", "runs": 0}
+            for name, (free, sign) in WITHOUT_LABELS.items():
+                pairs = [(sign * x, y) for r in found if None not in (x := score_of(r, free), y := score_of(r, score))]
+                line["runs"] = max(line["runs"], len(pairs))
+                line[name] = rank_correlation(pairs)
+            lines.append(line)
+    within = {name: [line[name] for line in lines if "all systems" not in line[""] and line.get(name) is not None]
+              for name in WITHOUT_LABELS}  # fmt: skip
+    means = {name: statistics.fmean(found) for name, found in within.items() if found}
+    if not means:
+        return NOT_SEEN, "Not run yet."
+    best = max(means, key=means.get)
+    text = "Mean over systems of Spearman's rank correlation within a system: " + ", ".join(
+        f"{name} {value:.2f}" for name, value in sorted(means.items(), key=lambda item: -item[1])
+    )
+    shown = [
+        line | {name: f"{line[name]:.2f}" for name in WITHOUT_LABELS if line.get(name) is not None} for line in lines
+    ]
+    return (CONFIRMED if means[best] > 0.8 else REFUTED), f"{text}.\n\n{as_table(shown)}"
+
+
+def runs_by_system(results):
+    """Yields (column, whose runs, results): the runs of each grid, and of the rows; only runs of equal length together,
+    for a longer one is better and has everything else different too."""
+    experiment = comparison(results)
+    for column in experiment.columns():
+        rows = [row for row in experiment.rows() if "objective" in row["flags"]]
+        for row in rows:
+            if "tune" in row:
+                tried, _ = experiment.search(row, column)
+                found = {cell.name: r for cell in tried if (r := experiment.read(cell)) is not None and done(r)}
+                yield column["name"], f"grid of {row['name']}", list(found.values())
+        finals = [r for row in rows for r in experiment.finals(row, column) if done(r)]
+        yield column["name"], "CPLearn's rows", [r for r in finals if r["row"] in CPLEARN]
+        yield column["name"], "all systems", finals
+
+
+def rank_correlation(pairs):
+    """Spearman's, or None where it has no meaning."""
+    if len(pairs) < 5 or len({x for x, _ in pairs}) < 2 or len({y for _, y in pairs}) < 2:
+        return None
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+
+def comparison(results):
+    return read_experiment(ROOT / "comparison.toml", "short", results=results)
+
+
+def done(result):
+    return result["status"] == "done"
+
+
+def values(experiment, name, column, score):
+    """One number per seed of the row of this name."""
+    row = next(row for row in experiment.rows() if row["name"] == name)
+    found = [score_of(result, score, row.get("take", "trained")) for result in experiment.finals(row, column)]
+    return [value for value in found if value is not None]
+
+
+def difference(these, those):
+    """(mean of these - mean of those, its standard error); None where one has fewer than two."""
+    if min(len(these), len(those)) < 2:
+        return None
+    error = math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (these, those)))
+    return statistics.fmean(these) - statistics.fmean(those), error
+
+
+def judge(changes):
+    """Confirmed where all rise by more than two standard errors, refuted where more fall than rise."""
+    if any(change is None for change in changes):
+        return NOT_SEEN
+    rise = sum(by > 2 * error for by, error in changes)
+    fall = sum(by < -2 * error for by, error in changes)
+    return CONFIRMED if rise == len(changes) else REFUTED if fall > rise else NOT_SEEN
+
+
+def told(change, form):
+    return None if change is None else f"{change[0]:+{form}} ± {change[1]:{form}}"
+
+
+def mean_and_spread(sample, form):
+    if not sample:
+        return None
+    text = f"{statistics.fmean(sample):{form}}"
+    return f"{text} ± {statistics.stdev(sample):{form}}" if len(sample) > 1 else text
+
+
+def as_table(lines):
+    titles = dict.fromkeys(key for line in lines for key in line)
+    return markdown_table([{k: None if v is None else str(v) for k, v in line.items()} for line in lines],
+                          {title: (title, "") for title in titles})  # fmt: skip

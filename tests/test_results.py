@@ -1,0 +1,150 @@
+"""docs/results.md: every number in it comes from a committed JSON file; and what tables and claims make of cells."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from experiments import RESULTS, ROOT, Experiment, claims, read_experiment, tables
+from utils import UserError
+
+PAGE = ROOT.parent / "docs" / "results.md"
+
+
+def test_the_page_is_what_the_results_come_to():
+    text = PAGE.read_text()
+    assert tables.refreshed(text) == text, "python -m experiments.tables writes it anew"
+    assert len(tables.BLOCK.findall(text)) == text.count("<!-- end -->") > 5
+
+
+def test_outside_of_blocks_the_page_has_no_result():
+    """Numbers in its prose are sizes and settings, named here; scores stand in blocks alone."""
+    prose = tables.BLOCK.sub("", PAGE.read_text())
+    numbers = {word.strip(".,;:()%") for word in prose.split() if any(c.isdigit() for c in word)}
+    assert numbers <= {"28", "32", "0.3", "0.8", "800", "1", "l2"}, "say it in a block"
+
+
+def test_committed_cells_tell_what_they_were():
+    for path in sorted(RESULTS.rglob("*.json")):
+        text, cell = path.read_text(), json.loads(path.read_text())
+        assert path.is_relative_to(RESULTS / cell["experiment"] / cell["budget"]), path
+        assert cell["status"] in ("done", "failed") and cell["commit"] and "dirty" not in cell["commit"], path
+        assert "/tmp" not in text and str(Path.home()) not in text, path
+        if cell["status"] == "done":
+            assert cell["cpu_s"]["train"] > 0 and cell["scores"] and cell["versions"]["torch"], path
+
+
+# ---- a table, by hand ------------------------------------------------------------------------------------------------
+
+
+SPEC = {
+    "budget": {"short": {"seeds": [0, 1, 2]}},
+    "column": [{"name": "C"}],
+    "row": [{"name": "A", "paper": {"C": {"linear": "0.65 ± 0.00"}}}, {"name": "B"}],
+    "evaluate": {"linear": {}, "cluster": {}},
+    "score": [
+        {"name": "linear", "from": "linear.top1", "format": ".1f"},
+        {"name": "codes NMI", "from": "cluster[codes].nmi", "chance": "cluster[codes].nmi_chance", "format": ".2f"},
+        {"name": "collapse", "from": "linear.verdict"},
+    ],
+}
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return Experiment("mine", SPEC, "short", results=tmp_path)
+
+
+def put(experiment, row, seed, **scores):
+    (column,) = experiment.columns()
+    row = next(r for r in experiment.rows() if r["name"] == row)
+    cell = experiment.cell(row, column, seed, {})
+    path = experiment.path(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    linear = {"checkpoint": "trained", "top1": scores.get("top1"), "verdict": scores.get("verdict", "none")}
+    cluster = [{"checkpoint": "trained", "method": "k-means 10", "nmi": 0.9, "nmi_chance": 0.0},
+               {"checkpoint": "trained", "method": "codes", "nmi": 0.5, "nmi_chance": 0.25}]  # fmt: skip
+    kept = {"status": scores.get("status", "done"), "row": row["name"], "column": "C", "seed": seed, "commit": "abc",
+            "cpu_s": {"train": 3600.0}, "scores": {"linear": [linear], "cluster": cluster}}  # fmt: skip
+    path.write_text(json.dumps(kept))
+
+
+def lines_of(text):
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_mean_and_sample_deviation_over_seeds(experiment):
+    for seed, top1 in enumerate((50.0, 51.0, 53.0)):
+        put(experiment, "A", seed, top1=top1)
+    first, second = lines_of(tables.table(experiment, experiment.columns()[0]))
+    assert first["linear"] == f"{154 / 3:.1f} ± {math.sqrt(7 / 3):.1f}"
+    assert first["linear, paper"] == "0.65 ± 0.00" and first["codes NMI"] == "0.50 ± 0.00 (0.25)"
+    assert set(second.values()) == {"B", "-"}
+
+
+def test_what_is_missing_or_failed_is_said(experiment):
+    put(experiment, "A", 0, top1=50.0, verdict="cluster")
+    put(experiment, "A", 1, top1=52.0)
+    put(experiment, "B", 0, status="failed")
+    first, second = lines_of(tables.table(experiment, experiment.columns()[0]))
+    assert first["linear"] == "51.0 ± 1.4 (n = 2)" and first["collapse"] == "cluster (1 of 2); none (1 of 2) (n = 2)"
+    assert second["linear"] == "failed (1 of 1)"
+
+
+def test_a_block_that_means_nothing_is_one_line():
+    with pytest.raises(UserError, match="nonsense"):
+        tables.refreshed("<!-- claim nonsense -->\n<!-- end -->")
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_and_its_error_are_welchs():
+    these, those = [50.0, 51.0, 53.5], [48.0, 49.5, 49.0]
+    by, error = claims.difference(these, those)
+    assert by / error == pytest.approx(stats.ttest_ind(these, those, equal_var=False).statistic)
+    assert claims.difference([1.0], those) is None
+
+
+@pytest.mark.parametrize(
+    "changes, verdict",
+    [
+        ([(2.0, 0.5), (1.0, 0.4)], claims.CONFIRMED),
+        ([(2.0, 0.5), (1.0, 0.6)], claims.NOT_SEEN),
+        ([(-2.0, 0.5), (0.1, 0.6)], claims.REFUTED),
+        ([(2.0, 0.5), None], claims.NOT_SEEN),
+    ],
+)
+def test_a_verdict_needs_two_standard_errors_everywhere(changes, verdict):
+    assert claims.judge(changes) == verdict
+
+
+def test_rank_correlation_by_hand():
+    pairs = list(zip((1, 2, 3, 4, 5), (2, 1, 4, 3, 5), strict=True))
+    assert claims.rank_correlation(pairs) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert claims.rank_correlation(pairs[:4]) is None and claims.rank_correlation([(1, y) for _, y in pairs]) is None
+
+
+def test_the_first_warning_is_the_first_line_below_a_quarter_after_the_warm_up():
+    lines = {"step": [40, 80, 100, 110], "batch_perplexity": [1, 33, 31, 2], "images_per_mean": [128] * 4}
+    result = {"column": "Fashion-MNIST", "lines": lines}
+    assert claims.first_warning(result, 1024) == 100  # 128 / 4 = 32
+    assert claims.first_warning(result, 16) == 110  # 16 / 4
+
+
+def test_every_claim_says_so_where_nothing_has_been_run(tmp_path):
+    for name, told in claims.CLAIMS.items():
+        assert claims.NOT_SEEN in told(tmp_path), name
+
+
+def test_statistics_of_the_table_are_sample_statistics():
+    assert tables.describe([1.0, 2.0, 4.0], ".3f") == f"{7 / 3:.3f} ± {statistics.stdev([1.0, 2.0, 4.0]):.3f}"
+
+
+def test_experiments_of_the_page_are_there():
+    for name in ("comparison", "beta", "demo"):
+        assert read_experiment(ROOT / f"{name}.toml", "short").rows()
