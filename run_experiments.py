@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import images
-from checkpoint import lock_folder
+from checkpoint import load_checkpoint, lock_folder
 from experiments import RESULTS, Experiment, read_experiment, read_json, score_of, words_of
 from utils import ArgumentParser, UserError, command_line, commit, make_folder, one_line, positive
 
@@ -139,19 +139,23 @@ class Runner:
         """The words of the training, without where it runs and where it writes."""
         return [cell.script, *words_of(self.from_folder(cell.flags)), "--seed", str(cell.seed)]
 
+    def words(self, cell, name):
+        """Of a cell's training or one of its evaluations. What a training leaves, an evaluation's words may name."""
+        return self.training(cell) if name == "train" else self.evaluation(cell, name)
+
     def training(self, cell):
         return [*self.asked(cell), "--output_dir", str(self.folder_of(cell)), *self.device()]
 
     def evaluation(self, cell, name):
-        """The words of an evaluation, and what else of its JSON is kept."""
-        flags = dict(cell.evaluations[name])
-        script, keep = flags.pop("script", f"eval_{name}.py"), flags.pop("keep", [])
+        flags = {flag: value for flag, value in cell.evaluations[name].items() if flag != "keep"}
+        script, checkpoints = flags.pop("script", f"eval_{name}.py"), flags.pop("checkpoints", "last")
         folder = self.folder_of(cell)
-        words = [script, "--checkpoint", str(folder / "checkpoint.pth"), "--seed", str(cell.seed), *words_of(flags)]
+        files = [folder / "checkpoint.pth", *(copies_in(folder) if checkpoints == "all" else [])]
+        words = [script, "--checkpoint", *map(str, files), "--seed", str(cell.seed), *words_of(flags)]
         if data_path := self.from_folder(cell.flags).get("data_path"):
             words += ["--data_path", data_path]
         places = ["--features_dir", str(folder / "features"), "--output_dir", str(folder)]
-        return [*words, *self.device(), *places], keep
+        return [*words, *self.device(), *places]
 
     def from_folder(self, flags):
         """The flags, with the images of a small set taken from a folder where --data says so."""
@@ -207,22 +211,22 @@ class Runner:
             number = self.begun
         folder = self.folder_of(cell)
         make_folder(folder)
-        steps = [("train", self.training(cell), [])]
-        steps += [(name, *self.evaluation(cell, name)) for name in cell.evaluations]
-        for name, words, _ in steps:
+        for name in ("train", *cell.evaluations):
+            words = self.words(cell, name)
             code = self.run_step(folder, name, words)
             if code == 0:
                 continue
             where = folder / f"{name}.txt"
             if code in OWN_ERRORS:
-                self.keep(cell, {"status": "failed", "failed": self.shown(words), "error": last_line(where)}, steps)
+                self.keep(cell, {"status": "failed", "failed": self.shown(words), "error": last_line(where)})
                 say(f"[{number}/{count}] {cell.name}: failed: {last_line(where)} ({where})")
                 return True
             if self.ended_by is None:
                 say(f"[{number}/{count}] {cell.name}: {name} ended by exit code {code}; the same command goes on")
             return False
         scores = {name: self.rows_of(cell, name, folder) for name in cell.evaluations}
-        result = self.keep(cell, {"status": "done", "scores": scores} | self.curves(cell, folder, steps), steps)
+        self.keep_pictures(cell, folder)
+        result = self.keep(cell, {"status": "done", "scores": scores} | self.curves(cell, folder))
         shutil.rmtree(folder / "features", ignore_errors=True)
         say(f"[{number}/{count}] {cell.name}: done in {sum(result['cpu_s'].values()):.0f} CPU-s; {summary(result)}")
         return True
@@ -276,10 +280,10 @@ class Runner:
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
-    def keep(self, cell, found, steps):
+    def keep(self, cell, found):
         """Write the cell's JSON, whole or not at all."""
         folder = self.folder_of(cell)
-        costs = {name: read_json(folder / f"{name}.json") for name, _, _ in steps}
+        costs = {name: read_json(folder / f"{name}.json") for name in ("train", *cell.evaluations)}
         costs = {name: cost for name, cost in costs.items() if cost is not None}
         result = {
             "experiment": cell.experiment,
@@ -289,7 +293,7 @@ class Runner:
             "seed": cell.seed,
             "chosen": cell.chosen,
             "train": self.shown(self.training(cell)),
-            "evaluations": {name: self.shown(words) for name, words, _ in steps[1:]},
+            "evaluations": {name: self.shown(self.evaluation(cell, name)) for name in cell.evaluations},
             "commit": commit(),
             "cpu_s": {name: round(cost["cpu_s"], 1) for name, cost in costs.items()},
             "wall_s": {name: round(cost["wall_s"], 1) for name, cost in costs.items()},
@@ -302,25 +306,33 @@ class Runner:
         return result
 
     def rows_of(self, cell, name, folder):
-        """The rows of an evaluation's table: of the trained model, and of baselines where there are any."""
+        """The rows of an evaluation's table: of the trained model, of its earlier checkpoints and of baselines where
+        there are any."""
         rows = read_json(folder / f"results_{name}.json")["rows"]
-        names = {str(folder / "checkpoint.pth"): "trained"}
+        names = {str(folder / "checkpoint.pth"): "trained", "checkpoint.pth": "trained"}  # alone, and beside others
         rows = [row | {"checkpoint": names.get(row["checkpoint"], row["checkpoint"])} for row in rows]
         return [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
 
-    def curves(self, cell, folder, steps):
+    def keep_pictures(self, cell, folder):
+        """Copy what evaluations have drawn for the experiment's figures; a collapsed model lacks some."""
+        make_folder(self.experiment.path(cell).parent, "--results_dir")
+        for pattern in self.experiment.pictures_of(cell):
+            for drawn in folder.glob(pattern):
+                shutil.copyfile(drawn, self.experiment.picture(cell.name, pattern))
+
+    def curves(self, cell, folder):
         """The log's last line, numbers of all lines where the experiment asks for them, what else evaluations have to
         be kept of, sizes of files, versions."""
         lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
         last = next((line for line in reversed(lines) if line["kind"] == "step"), {})
         kept = {name: [line.get(name) for line in lines if line["kind"] == "step"] for name in self.keep_of_log()}
-        found = {"log": last, "checkpoint_mb": round((folder / "checkpoint.pth").stat().st_size / 1e6, 3)}
+        found = {"log": last, "sizes": sizes_mib(folder / "checkpoint.pth")}
         if kept:
             found["lines"] = kept
-        for name, _, keep in steps[1:]:
+        for name, flags in cell.evaluations.items():
             results = read_json(folder / f"results_{name}.json")
             found["versions"] = results["versions"]
-            if keep:
+            if keep := flags.get("keep"):
                 found.setdefault("kept", {})[name] = {key: deep(results, key, folder) for key in keep}
         return found
 
@@ -353,8 +365,22 @@ NOTHING_USED = type("Usage", (), {"ru_utime": 0.0, "ru_stime": 0.0, "ru_maxrss":
 def deep(results, key, folder):
     """results["curves"]["spectrum"] by "curves.spectrum"; curves are of models, and the trained one's are meant."""
     for part in key.split("."):
-        results = results.get(str(folder / "checkpoint.pth"), results).get(part)
+        results = results.get(part)
+        for name in ("checkpoint.pth", str(folder / "checkpoint.pth")):
+            results = results.get(name, results) if isinstance(results, dict) else results
     return results
+
+
+def copies_in(folder):
+    """checkpoint0001.pth and so on, in their order; the last is checkpoint.pth under another name."""
+    return sorted(folder.glob("checkpoint[0-9]*.pth"))[:-1]
+
+
+def sizes_mib(path):
+    """Of the file, and in it of the weights of backbone and head; in units of 2^20 bytes, as in the paper's Table 8."""
+    weights = [x for x in load_checkpoint(path)["student"].values() if hasattr(x, "nbytes")]
+    found = {"checkpoint_mib": path.stat().st_size, "state_dict_mib": sum(x.nbytes for x in weights)}
+    return {name: round(size / 2**20, 3) for name, size in found.items()}
 
 
 def summary(result):

@@ -7,18 +7,24 @@
 A TOML file in this folder holds
 
     title, about     what the table shows; what was chosen where a paper is silent or contradicts itself
+    paper            the paper's tables that it is, such as ["Table 2", "Table 8"]
     [flags]          of every training command, by main_cplearn.py's names
-    [budget.NAME]    seeds, and flags of that budget; `rows` and `columns`: only these; `tune = false`: no grids
+    [budget.NAME]    seeds, and flags of that budget; `rows` and `columns`: only these; `tune = false`: no grids;
+                     `evaluate = { NAME = {...} }`: flags of an evaluation over the file's
     [[column]]       name, flags: a data set
-    [[row]]          name, flags: an objective; `paper`: what the paper has, by column and score; and, where it has
-                     them, `seeds`, `script` (instead of main_cplearn.py), `take` (the scores of an evaluation's
-                     baseline), `tune` (a grid), `like` (the row whose choice from its grid this row takes), `vary`
-                     ({flag: values}: a row for each of their combinations, whose name has {flag} in it)
+    [[row]]          name, flags: an objective; `paper`: what the paper has, by column and score, a number or
+                     "0.35 ± 0.01"; and, where it has them, `seeds`, `script` (instead of main_cplearn.py), `take` (the
+                     scores of an evaluation's baseline), `tune` (a grid), `like` (the row whose choice from its grid
+                     this row takes), `vary` ({flag: values}: a row for each of their combinations, whose name has
+                     {flag} in it)
     [tune]           `first`: what every grid begins with; flags of its runs, their seed, `evaluate`, and the `score`
                      that chooses among them
-    [evaluate.NAME]  flags of an evaluation, `script` (by default eval_NAME.py), `keep`: what else of its JSON is kept
+    [evaluate.NAME]  flags of an evaluation, `script` (by default eval_NAME.py), `keep`: what else of its JSON is kept,
+                     `checkpoints = "all"`: also of the epochs that --saveckp_freq keeps
     [log]            `keep`: numbers of log.txt that are kept line by line
     [[score]]        name, `from` (NAME.KEY, or NAME[METHOD].KEY of one of several lines), `format`
+    [[figure]]       name, kind, what it shows: experiments/figures.py; `rows` (patterns such as "CPLearn*") and
+                     `columns`: only these
 
 Later flags win: [flags], the budget's, the column's, the row's, the last two with `budget.NAME` of their own; then what
 a grid chose. `tune` is a list of [flag, values]: the flags are searched one after another, each with those before it as
@@ -30,6 +36,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from utils import UserError
@@ -42,7 +49,9 @@ else:
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 SECTIONS = {"title", "about", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure", "claim"}
+SECTIONS |= {"paper"}
 ROW_KEYS = {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"}
+FIGURE_KEYS = {"name", "kind", "paper", "rows", "columns", "about"} | {"x", "scores", "keys", "file", "crop", "axes"}
 BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables
 
 
@@ -139,7 +148,8 @@ class Experiment:
 
     def cell(self, row, column, seed, chosen):
         flags = self.flags(row, column) | chosen
-        evaluations = {name: dict(flags) for name, flags in self.spec.get("evaluate", {}).items()}
+        of_budget = self.at_budget.get("evaluate", {})
+        evaluations = {name: own | of_budget.get(name, {}) for name, own in self.spec.get("evaluate", {}).items()}
         if row.get("take") in BASELINES:
             for of_evaluation in evaluations.values():
                 of_evaluation["baselines"] = True
@@ -163,11 +173,31 @@ class Experiment:
         """What was kept of a cell, done or failed; None where it has not been run."""
         return read_json(self.path(cell))
 
+    def picture(self, cell_name, pattern):
+        """Where what an evaluation has drawn is kept: beside the cell's JSON."""
+        return self.results / f"{cell_name}.{pattern.replace('*', '').replace('_.', '.')}"
+
+    def pictures_of(self, cell):
+        """Patterns of the files that a figure shows of this cell: each row's first seed is shown."""
+        shown = [figure for figure in self.spec.get("figure", []) if figure["kind"] == "pictures"]
+        if cell.in_grid or cell.seed != self.at_budget["seeds"][0]:
+            return []
+        return [figure["file"] for figure in shown if is_in(figure, cell.row, cell.column)]
+
     def finals(self, row, column):
         """What was kept of a row's cells in a column, one per seed that has been run."""
+        return [result for cell in self.final_cells(row, column) if (result := self.read(cell)) is not None]
+
+    def final_cells(self, row, column):
+        """A row's cells in a column, one per seed; none while its grid has not ended."""
         _, chosen = self.search(self.tuned(row), column)
-        cells = [] if chosen is None else [self.cell(row, column, seed, chosen) for seed in self.seeds(row)]
-        return [result for cell in cells if (result := self.read(cell)) is not None]
+        return [] if chosen is None else [self.cell(row, column, seed, chosen) for seed in self.seeds(row)]
+
+
+def is_in(figure, row_name, column_name):
+    """Whether a figure shows a row in a column, by their names."""
+    rows = figure.get("rows", ["*"])
+    return column_name in figure.get("columns", [column_name]) and any(fnmatchcase(row_name, p) for p in rows)
 
 
 def best_of(cells, results, score):
@@ -181,8 +211,8 @@ def best_of(cells, results, score):
 def score_of(result, score, take="trained"):
     """One number of what was kept of a cell; None where it failed or has no such number.
 
-    score: "linear.top1", "cluster[k-means 10].ami", "cluster[codes].nmi", or a name such as "cpu_s.train".
-    take: "trained", or the name of a baseline."""
+    score: "linear.top1", "cluster[k-means *].ami", "cluster[codes].nmi", or a name such as "cpu_s.train".
+    take: "trained", the name of a baseline, or an epoch's checkpoint, such as "checkpoint0001.pth"."""
     found = re.fullmatch(r"(\w+)(?:\[(.+)\])?\.(\w+)", score)
     if found is None:
         raise UserError(f"score {score}: expected NAME.KEY or NAME[METHOD].KEY, such as cluster[codes].ami")
@@ -192,7 +222,7 @@ def score_of(result, score, take="trained"):
     if name not in result["scores"]:
         return result.get(name, {}).get(key)
     rows = [row for row in result["scores"][name] if row["checkpoint"] == take]
-    rows = [row for row in rows if method in (None, row.get("method"))]
+    rows = [row for row in rows if method is None or fnmatchcase(row.get("method", ""), method)]
     return rows[0].get(key) if rows else None
 
 
@@ -225,8 +255,10 @@ def check(path, spec, budget):
     """That names in it mean something: an experiment runs for hours before a misspelt one would be missed."""
     unknown = sorted(set(spec) - SECTIONS)
     unknown += sorted(key for row in spec.get("row", []) for key in set(row) - ROW_KEYS)
+    unknown += sorted(key for figure in spec.get("figure", []) for key in set(figure) - FIGURE_KEYS)
     if unknown:
-        raise UserError(f"{path}: {unknown[0]} means nothing; expected {', '.join(sorted(SECTIONS | ROW_KEYS))}")
+        known = ", ".join(sorted(SECTIONS | ROW_KEYS | FIGURE_KEYS))
+        raise UserError(f"{path}: {unknown[0]} means nothing; expected {known}")
     budgets = spec.get("budget", {})
     if budget not in budgets:
         raise UserError(f"{path}: no budget {budget}; it has {', '.join(budgets)}")
