@@ -113,10 +113,12 @@ class CPLearnHead(nn.Module):
         s = h W / tau                                   (B, K) logits, W in {-1, +1}^(F x K)
 
     in_dim: D.  out_dim: K, fewer than 1 / EPS.  proj_dim: F, by default D.
+    bare: b = x, without the linear layer and batch norm, as in the comparison of Fig. 7; then F = D.
     batch_size: n, the images in one process's batch; it sets tau once, tau is stored with the weights, and no later
     batch size changes a logit. With l2, n cancels.
     seed, dictionary, storage, shard: of the codes, see dictionary.py.
-    Everything runs in the parameters' dtype (float32), outside autocast.
+    Everything runs in the parameters' dtype (float32), outside autocast; a bare head, which has none, in
+    float32 at least.
     The state dict holds the dictionary's kind and seed, and its F * K / 8 bytes of bits where they are stored here.
     Raises UserError for sizes that cannot be.
     """
@@ -132,16 +134,23 @@ class CPLearnHead(nn.Module):
         dictionary="rademacher",
         storage="int8",
         shard=(0, 1),
+        bare=False,
     ):
         super().__init__()
         proj_dim = proj_dim or in_dim
+        if bare and proj_dim != in_dim:
+            raise UserError(
+                f"proj_dim {proj_dim}: a bare head has the backbone's width, {in_dim}; leave --proj_dim out"
+            )
         if activation not in ACTIVATIONS:
             raise UserError(f"activation {activation!r}: expected one of {ACTIVATIONS}")
         self.activation = activation
         self.tau = code_temperature(out_dim, proj_dim, batch_size)
         self.radius = math.sqrt(proj_dim / batch_size)  # length of h with l2
-        self.linear = nn.Linear(in_dim, proj_dim)
-        self.bn = SyncBatchNorm(proj_dim)
+        self.bare = bare
+        if not bare:
+            self.linear = nn.Linear(in_dim, proj_dim)
+            self.bn = SyncBatchNorm(proj_dim)
         try:
             self.dictionary = DICTIONARIES[dictionary](proj_dim, out_dim, seed, storage, shard)
         except ValueError as error:
@@ -159,8 +168,13 @@ class CPLearnHead(nn.Module):
     def forward(self, x):
         """Backbone features (B, D) -> embeddings h (B, F). In training mode, call it once per view."""
         with torch.autocast(x.device.type, enabled=False):
-            b = self.bn(self.linear(x.to(self.linear.weight.dtype)))
+            b = self._project(x)
             return b.tanh() if self.activation == "tanh" else F.normalize(b, dim=1) * self.radius
+
+    def _project(self, x):
+        if self.bare:
+            return x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.bn(self.linear(x.to(self.linear.weight.dtype)))
 
     def logits(self, h):
         """Embeddings (B, F) -> logits (B, K); int8 codes are cast here and nowhere kept as floats."""
@@ -182,22 +196,22 @@ class CPLearnHead(nn.Module):
     # the dictionary travels as bits or as its seed, and with it what the logits depend on
 
     @classmethod
-    def from_args(cls, args, in_dim, course, shard=(0, 1)):
-        """The head of a run: resolved flags, D, a Course, and which shard of the codes is held here."""
+    def from_args(cls, args, in_dim, course, shard=(0, 1), bare=False):
+        """The head of a run: resolved flags, D, a Course, and what only CPLearn's own objective asks for."""
         sizes = in_dim, args.out_dim, args.proj_dim
-        return cls(
-            *sizes, args.activation, course.batch_size, args.seed, args.dictionary, args.codes_storage, shard=shard
-        )
+        codes = args.seed, args.dictionary, args.codes_storage, shard
+        return cls(*sizes, args.activation, course.batch_size, *codes, bare=bare)
 
     @classmethod
-    def from_state_dict(cls, in_dim, state, activation):
+    def from_state_dict(cls, in_dim, state, activation, bare=False):
         """A head for a state dict, of the sizes and with the dictionary that it tells; the weights are not loaded."""
         num_codes, kind = int(state["scale"][2]), list(DICTIONARIES)[int(state["seed"][0])]
+        proj_dim = in_dim if bare else len(state["linear.weight"])
         stored = state.get("codes")
-        if stored is not None and tuple(stored.shape) != (len(state["linear.weight"]), math.ceil(num_codes / 8)):
+        if stored is not None and tuple(stored.shape) != (proj_dim, math.ceil(num_codes / 8)):
             raise UserError(f"its dictionary is {tuple(stored.shape)}, expected the bits of {num_codes} codes")
         storage = "seed" if kind == Dictionary.kind and stored is None else "int8"
-        return cls(in_dim, num_codes, len(state["linear.weight"]), activation, dictionary=kind, storage=storage)
+        return cls(in_dim, num_codes, proj_dim, activation, dictionary=kind, storage=storage, bare=bare)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -244,6 +258,7 @@ class CPLearn(CodesObjective):
     flags = {
         "out_dim": 131072,
         "proj_dim": None,
+        "bare_head": False,
         "activation": "l2",
         "beta": 0.25,
         "prior": "kl",
@@ -277,9 +292,11 @@ class CPLearn(CodesObjective):
 
     @classmethod
     def head_from_state_dict(cls, in_dim, state, settings):
-        if settings.get("activation") is None or not {"linear.weight", "seed", "scale"} <= state.keys():
+        activation, bare = settings.get("activation"), bool(settings.get("bare_head"))
+        needed = {"scale", "seed"} if bare else {"scale", "seed", "linear.weight"}
+        if activation is None or not needed <= state.keys():
             return None
-        return CPLearnHead.from_state_dict(in_dim, state, settings["activation"])
+        return CPLearnHead.from_state_dict(in_dim, state, activation, bare)
 
     @staticmethod
     def add_arguments(parser):
@@ -357,7 +374,8 @@ class CPLearn(CodesObjective):
         packed = dim * math.ceil(self.num_codes / 8) if dictionary.travels_as_bits() else 0
         shard = f", {dictionary.shape[1]} codes in each of {world_size()} processes" if dictionary.sharded else ""
         lines = [
-            f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}",
+            f"head: F {dim}, K {self.num_codes}, {self.head.activation}, tau {self.head.tau:.4g}, beta {self.beta:g}"
+            + (", bare: the activation of the features themselves" if self.head.bare else ""),
             f"dictionary: {dictionary.kind}, {dictionary.num_bytes() / 2**20:.2f} MiB in memory "
             f"({dictionary.storage}){shard}, {packed / 2**20:.2f} MiB in a checkpoint",
             f"loss: {describe_loss(self.loss_function)}",
@@ -441,6 +459,12 @@ def add_method_arguments(parser):
         help="number of codes K (prototypes, classes); more codes mean finer clusters",
     )
     add("--proj_dim", type=positive(int), help="width of the embeddings; None: F is the backbone's")
+    add(
+        "--bare_head",
+        action=argparse.BooleanOptionalAction,
+        help="no linear layer and no batch norm: embeddings are the activation of the backbone's features, as in the "
+        "comparison of the paper's Fig. 7",
+    )
     add(
         "--activation",
         choices=ACTIVATIONS,

@@ -567,7 +567,7 @@ def fitting_in_memory(args):
 
 def build_cplearn(args, backbone, course):
     shard = (rank(), world_size()) if args.shard_codes else (0, 1)
-    head = CPLearnHead.from_args(args, backbone.embed_dim, course, shard)
+    head = CPLearnHead.from_args(args, backbone.embed_dim, course, shard, args.bare_head)
     sizes = course.batch_size * course.accum_steps, args.out_dim
     loss_function = choose_loss(
         args.head_impl, course.device, *sizes, args.precision == "bf16", args.dictionary, args.shard_codes

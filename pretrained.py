@@ -387,6 +387,7 @@ PLAUSIBLE = {
     "dataset": (lambda value: isinstance(value, str), "a name"),
     "objective": (lambda value: isinstance(value, str), "a name"),
     "activation": (lambda value: value in ACTIVATIONS, f"one of {ACTIVATIONS}"),
+    "bare_head": (lambda value: isinstance(value, bool), "true or false"),
     "patch_size": (_is_side, "pixels"),
     "img_size": (_is_side, "pixels"),
     "in_chans": (_is_side, "a number of channels"),

@@ -41,6 +41,7 @@ SETTINGS = {
     "tanh, ce": {"activation": "tanh", "prior": "ce"},  # tanh's tau follows from B: fixed in the test
     "tiled, multi-crop": {"head_impl": "tiled"} | CROPS,
     "Hadamard": {"head_impl": "tiled", "dictionary": "hadamard", "proj_dim": 32},
+    "bare head": {"bare_head": True},
 }
 
 
@@ -54,7 +55,11 @@ def test_micro_batches_are_the_joint_batch(folder, tmp_path, changes, batch, par
     assert_near(found, expected)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_impl": "tiled", "shard_codes": True} | CROPS], ids=["dense", "sharded"])
+SHARDED = {"head_impl": "tiled", "shard_codes": True} | CROPS
+IN_TWO = {"dense": {}, "sharded": SHARDED, "sharded, bare head": SHARDED | {"bare_head": True}}
+
+
+@pytest.mark.parametrize("changes", IN_TWO.values(), ids=IN_TWO)
 def test_two_processes_of_micro_batches_are_the_joint_batch(folder, tmp_path, changes, run_in_processes):
     alone = {name: value for name, value in changes.items() if name != "shard_codes"}
     expected = steps_in_float64(0, words(folder, tmp_path / "joint", 16, 1, **alone), 3)

@@ -87,6 +87,39 @@ def test_loss_and_gradients_equal_the_formulas_in_float64(num_views, prior, acti
         assert (got.double() - want).abs().max() <= tolerance * scale
 
 
+def bare_by_hand(x, activation, n):
+    return torch.tanh(x) if activation == "tanh" else x / torch.sqrt((x**2).sum(1, keepdim=True) * n / x.shape[1])
+
+
+@pytest.mark.parametrize("loss_function", [cplearn_loss, fused_cplearn_loss])
+@pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
+@pytest.mark.parametrize("activation", ["l2", "tanh"])
+def test_a_bare_head_is_the_activation_of_the_features(activation, dictionary, loss_function):
+    torch.manual_seed(0)
+    head = CPLearnHead(D, 24, None, activation, batch_size=7, dictionary=dictionary, bare=True)
+    assert list(head.parameters()) == []
+    features = [3 * torch.randn(B, D, dtype=torch.float64).abs() for _ in range(3)]
+    inputs, ours = ([x.clone().requires_grad_() for x in features] for _ in range(2))
+    hs = [bare_by_hand(x, activation, 7) for x in inputs]
+    expected = loss_by_hand(hs, head.codes.double(), head.tau, 0.3, "kl")
+    loss, _ = CPLearn(head, beta=0.3, loss_function=loss_function)(ours)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    grads = zip(torch.autograd.grad(loss, ours), torch.autograd.grad(expected, inputs), strict=True)
+    for got, want in grads:
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+    for h, by_hand in zip(map(head, features), hs, strict=True):
+        torch.testing.assert_close(h, by_hand)
+    assert head(features[0].to(torch.bfloat16)).dtype == torch.float32
+    for x in features:  # each image for itself, in training too
+        torch.testing.assert_close(head(x[:1]), head(x)[:1])
+
+
+def test_a_bare_head_has_the_width_of_the_backbone():
+    assert CPLearnHead(D, K, D, bare=True).codes.shape == (D, K)
+    with pytest.raises(UserError, match=rf"proj_dim {F}: a bare head has the backbone's width, {D}; leave --proj_dim"):
+        CPLearnHead(D, K, F, bare=True)
+
+
 def test_loss_passes_gradcheck():
     torch.manual_seed(1)
     views = [torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -329,6 +362,19 @@ def test_a_head_is_built_from_what_its_state_dict_tells():
         assert other.dictionary.kind == head.dictionary.kind
         x = torch.randn(B, D)
         assert torch.equal(head.logits(head(x)), other.logits(other(x)))
+
+
+def test_a_bare_head_is_built_only_where_the_settings_say_so():
+    head = CPLearnHead(D, 131, None, "tanh", seed=3, bare=True)
+    state, x = head.state_dict(), torch.randn(B, D)
+    assert state.keys() == {"scale", "seed", "codes"}
+    other = CPLearn.head_from_state_dict(D, state, {"activation": "tanh", "bare_head": True})
+    other.load_state_dict(state)
+    assert torch.equal(head.logits(head(x)), other.logits(other(x)))
+    for said in ({}, {"bare_head": False}):  # a head that has lost its layers is no bare one
+        assert CPLearn.head_from_state_dict(D, state, {"activation": "tanh"} | said) is None
+    with pytest.raises(UserError, match="its dictionary is"):
+        CPLearn.head_from_state_dict(D + 1, state, {"activation": "tanh", "bare_head": True})
 
 
 def test_dictionaries_of_two_kinds_are_not_mixed_up():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
+from pretrained import load_pretrained
 from runs import assert_same_checkpoint, logged, write_pictures
 from utils import UserError
 
@@ -203,6 +205,27 @@ def test_how_codes_are_kept_changes_nothing_and_may_change_on_the_way(folder, tm
     assert torch.equal(states[0]["head.codes"], states[1]["head.codes"]) and "head.codes" not in states[2]
     for name in states[2]:
         assert all(torch.equal(state[name], states[2][name]) for state in states), name
+
+
+@pytest.mark.parametrize("codes", [{"codes_storage": "seed"}, {"dictionary": "hadamard"}], ids=str)
+def test_a_run_with_a_bare_head_names_the_codes_of_the_features_themselves(folder, tmp_path, codes, capsys):
+    run(
+        folder,
+        tmp_path,
+        **(SMALL | {"max_steps": 3, "bare_head": True, "head_impl": "tiled", "accum_steps": 2} | codes),
+    )
+    assert "beta 0.25, bare: the activation of the features themselves" in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "checkpoint.pth")
+    assert not any(name.startswith(("head.linear", "head.bn")) for name in state["student"])
+    model = load_pretrained(tmp_path / "checkpoint.pth")
+    images = torch.randn(40, 3, 32, 32) + 3 * torch.randn(40, 3, 1, 1)  # of colours far apart
+    features = model(images)
+    expected = (F.normalize(features, dim=1) @ model.head.codes.float()).argmax(dim=1)
+    assert len(expected.unique()) > 1
+    assert torch.equal(model.assign(images), expected)
+    assert all(torch.equal(value, state["student"][f"head.{name}"]) for name, value in model.head.state_dict().items())
+    with pytest.raises(UserError, match="--bare_head True -> False"):
+        run(folder, tmp_path, **(SMALL | {"max_steps": 3, "head_impl": "tiled", "accum_steps": 2} | codes))
 
 
 @pytest.mark.slow
@@ -408,6 +431,8 @@ def test_bad_images_are_counted_and_too_many_end_the_run(folder, tmp_path, capsy
         ({"out_dim": 0}, "--out_dim 0"),
         ({"dictionary": "hadamard", "proj_dim": 100}, "nearest orders are 96 and 112"),
         ({"dictionary": "hadamard", "codes_storage": "seed"}, "storage is 'seed'"),
+        ({"bare_head": True, "proj_dim": 96}, "proj_dim 96: a bare head has the backbone's width, 192"),
+        ({"bare_head": True, "objective": "swav"}, "--bare_head True: --objective swav has no such flag"),
         ({"head_impl": "triton"}, "needs a GPU"),
         ({"shard_codes": True, "prior_scope": "local"}, "--prior_scope local: with --shard_codes"),
         ({"shard_codes": True, "head_impl": "dense"}, "--head_impl dense: --shard_codes needs"),
