@@ -8,29 +8,41 @@
 A cell is a training command and its evaluations, for one row (an objective and its flags), one column (a data set) and
 one seed. Each command is one of this repository's own. What is kept of a cell is one JSON file in experiments/results:
 commands, commit, seed, versions, times, the log's last line, all scores. The same command again passes over the cells
-that are done and goes on where it was, within a training too. A cell that failed is kept as failed, and shown as such;
---again runs it anew. Tables and figures are made from these files: python -m experiments.tables.
+that are done and goes on where it was, within a training too, from its last checkpoint. The same command at the same
+time, here or on another machine, shares the work. A cell that failed is kept as failed, and shown as such; --again runs
+it anew. Tables and figures are made from these files: python -m experiments.tables.
+
+Exit codes: 0 all cells are done, 1 some have failed, 2 something typed is wrong, 75 some were ended from outside and
+are open, 128 + a signal's number: stopped by it, trainings have saved.
 """
 
 import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import images
-from checkpoint import load_checkpoint, lock_folder
+from checkpoint import load_checkpoint, lock_folder, replace_file
 from experiments import RESULTS, Experiment, read_experiment, read_json, score_of, words_of
-from utils import ArgumentParser, UserError, command_line, commit, make_folder, one_line, positive
+from utils import UNFINISHED, ArgumentParser, UserError, command_line, commit, make_folder, one_line, positive
 
 ROOT = Path(__file__).resolve().parent
 OWN_ERRORS = (1, 2)  # exit codes of an error that a restart does not cure; any other: ended from outside
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)  # USR2: SLURM's, before a time limit
+LOOK_AGAIN_S = 5.0  # at cells that another start of this program is at
+NOTHING_YET = {"starts": 0, "uncounted_starts": 0, "commits": [], "cpu_s": 0.0, "wall_s": 0.0, "memory_mb": 0.0}
 LEFT_OUT = ("grid", "per_class", "verdicts")  # of the rows of evaluations: long, and in the run's folder
 
 
@@ -44,7 +56,9 @@ def get_args_parser():
     add("--cell", nargs="+", default=None, metavar="NAME", help="only these, by the names that --list prints")
     add("--column", nargs="+", default=None, metavar="NAME", help="only these of the file's columns")
     add("--list", action="store_true", help="print the cells that are known by now, and what became of them")
-    add("--again", nargs="+", default=[], metavar="NAME", help="run these cells anew; `failed`: all that failed")
+    add("--again", nargs="+", default=[], metavar="NAME",
+        help="forget these cells, `failed`: all that failed, and run them anew; a training whose evaluation failed is "
+        "kept")  # fmt: skip
     add("--set", nargs="+", default=[], metavar="FLAG=VALUE", dest="overrides",
         help="flags of every training, over those of the file")  # fmt: skip
     add("--data", nargs="+", default=[], metavar="NAME=FOLDER",
@@ -52,8 +66,8 @@ def get_args_parser():
         "folder per class, instead of torchvision's files")  # fmt: skip
     add("--device", default=None, help="of every command (default: theirs)")
     add("--submit", default=None, metavar="FLAGS",
-        help="a SLURM job per cell, through run_with_submitit.py with these flags; then call this program again, with "
-        "--list, or to submit what a grid has chosen")  # fmt: skip
+        help="a SLURM job per cell, through run_with_submitit.py with these flags (a single word: --submit=--dry_run); "
+        "then call this program again, with --list, or to submit what a grid has chosen")  # fmt: skip
     add("--output_dir", default="runs/experiments", help="where the runs are, NAME/BUDGET/CELL; they may be deleted")
     add("--results_dir", default=str(RESULTS), help="where one JSON per cell is kept (default: experiments/results)")
     return parser
@@ -67,10 +81,13 @@ def main(argv=None):
     runner = Runner(experiment, args)
     if args.list:
         print("\n".join(runner.listed()))
-    elif args.submit is not None:
+        return
+    runner.check()
+    runner.forget(args.again)
+    if args.submit is not None:
         runner.submit()
-    else:
-        sys.exit(runner.run_all())
+    elif code := runner.run_all():
+        sys.exit(code)
 
 
 def pairs(words, flag):
@@ -91,17 +108,15 @@ class Runner:
         if unknown := sorted(set(self.folders) - set(images.DATASETS) | {"imagefolder"} & set(self.folders)):
             small = ", ".join(sorted(set(images.DATASETS) - {"imagefolder"}))
             raise UserError(f"--data {unknown[0]}: no small set of that name; there are {small}")
-        self.again = set(args.again)
         self.processes, self.ended_by = {}, None
-        self.mutex = threading.Lock()
-        self.begun = 0
+        self.said = set()
 
     # ---- which cells -------------------------------------------------------------------------------------------------
 
     def cells(self):
         """Those that are known by now, and asked for. Raises UserError for a name that is none of them."""
         cells = self.experiment.plan()
-        asked = set(self.args.cell or []) | (self.again - {"failed"})
+        asked = set(self.args.cell or []) | set(self.args.again) - {"failed"}
         if unknown := sorted(asked - {cell.name for cell in cells}):
             raise UserError(f"{unknown[0]}: no such cell, or not known before its grid has ended; see --list")
         return [cell for cell in cells if self.args.cell is None or cell.name in self.args.cell]
@@ -112,16 +127,27 @@ class Runner:
     def state(self, cell):
         """done, failed, or open: to be run."""
         result = self.experiment.read(cell)
-        if result is None or cell.name in self.again:
+        if result is None:
             return "open"
-        if result["status"] == "failed":
-            return "open" if "failed" in self.again else "failed"
-        if not result["train"].startswith(asked := self.shown(self.asked(cell)) + " "):
+        asked = self.shown(self.asked(cell))
+        if result["status"] == "done" and not result["train"].startswith(f"{asked} "):
             raise UserError(
                 f"{self.experiment.path(cell)}: made by `{result['train']}`, while `{asked}...` is asked for now; "
-                f"--results_dir FOLDER keeps yours apart, --again {cell.name} makes this one anew"
+                f"--results_dir FOLDER keeps yours apart, --again {shlex.quote(cell.name)} makes this one anew"
             )
-        return "done"
+        return result["status"]
+
+    def forget(self, names):
+        """--again: what was kept of these cells goes, and their runs, but for a training whose evaluation failed."""
+        cells = self.cells() if names else []
+        for cell in cells:
+            result = self.experiment.read(cell) or {"status": "open"}
+            if cell.name not in names and not ("failed" in names and result["status"] == "failed"):
+                continue
+            with self.hold(cell) or refuse(f"--again {cell.name}: {self.holder(cell)} is at it"):
+                if result["status"] != "failed" or result["failed"] == result["train"]:
+                    shutil.rmtree(self.folder_of(cell), ignore_errors=True)
+                self.experiment.path(cell).unlink(missing_ok=True)
 
     def listed(self):
         cells = self.cells()
@@ -170,113 +196,213 @@ class Runner:
 
     def shown(self, words):
         """A command as one would type it."""
-        launcher = ["torchrun", f"--nproc_per_node={self.args.nproc}"] if self.is_distributed(words) else ["python"]
+        launcher = ["torchrun", *self.processes_of(words)] if self.is_distributed(words) else ["python"]
         return shlex.join([*launcher, *words])
+
+    def processes_of(self, words):
+        return ["--standalone", f"--nproc_per_node={self.args.nproc}"]  # standalone: on a port of its own
 
     def is_distributed(self, words):
         return self.args.nproc > 1 and words[0] == "main_cplearn.py"
 
+    def check(self):
+        """That there are cells of the names asked for, and that scripts take the words they will be given, before hours
+        have passed. Raises UserError."""
+        self.cells()
+        for cell in self.experiment.every():
+            for script, *words in (self.words(cell, name) for name in ("train", *cell.evaluations)):
+                try:
+                    parser_of(script).parse_args(words)
+                except UserError as error:
+                    where = f"{self.args.experiment}: row {cell.row}, column {cell.column}"
+                    raise UserError(f"{where}: {error}") from None
+
     # ---- running them ------------------------------------------------------------------------------------------------
 
     def run_all(self):
-        """Until no cell is open; returns the exit code: 0 where all are done."""
+        """Until no cell is open; returns the exit code."""
         make_folder(self.folder)
         make_folder(self.experiment.results, "--results_dir")
-        lock = lock_folder(self.folder)
-        unfinished = set()
         with signals_to(self.stop), concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            while cells := [cell for cell in self.left() if cell.name not in unfinished]:
-                self.again -= {cell.name for cell in cells} | {"failed"}
-                self.begun = 0
-                for cell, done in zip(cells, pool.map(lambda cell: self.run(cell, len(cells)), cells), strict=True):
-                    if not done:
-                        unfinished.add(cell.name)
-                if self.ended_by is not None:
-                    break
-        lock.close()
+            try:
+                self.run_in(pool)
+            except BaseException:
+                self.stop(signal.SIGTERM)  # else leaving the pool takes as long as its trainings
+                raise
         if self.ended_by is not None:
-            say(f"stopped by signal {self.ended_by}; the same command goes on")
+            goes_on = "the same command, without --again, goes on" if self.args.again else "the same command goes on"
+            say(f"stopped by {signal.Signals(self.ended_by).name}; {goes_on}")
             return 128 + self.ended_by
         states = [self.state(cell) for cell in self.cells()]
+        for row, column in self.experiment.without_choice():
+            say(f"{row}, {column}: not run, every run of its grid has failed")
         say(f"{states.count('done')} cells done, {states.count('failed')} failed, {states.count('open')} open: "
             f"{self.experiment.results}")  # fmt: skip
-        return 0 if set(states) <= {"done"} else 1
+        return UNFINISHED if "open" in states else 1 if "failed" in states else 0
 
-    def run(self, cell, count):
-        """Train and evaluate; returns whether the cell has come to an end, good or bad."""
-        if self.ended_by is not None:
-            return False
-        with self.mutex:
-            self.begun += 1
-            number = self.begun
-        folder = self.folder_of(cell)
-        make_folder(folder)
-        for name in ("train", *cell.evaluations):
-            words = self.words(cell, name)
-            code = self.run_step(folder, name, words)
-            if code == 0:
-                continue
-            where = folder / f"{name}.txt"
-            if code in OWN_ERRORS:
-                self.keep(cell, {"status": "failed", "failed": self.shown(words), "error": last_line(where)})
-                say(f"[{number}/{count}] {cell.name}: failed: {last_line(where)} ({where})")
-                return True
-            if self.ended_by is None:
-                say(f"[{number}/{count}] {cell.name}: {name} ended by exit code {code}; the same command goes on")
-            return False
-        scores = {name: self.rows_of(cell, name, folder) for name in cell.evaluations}
-        self.keep_pictures(cell, folder)
-        result = self.keep(cell, {"status": "done", "scores": scores} | self.curves(cell, folder))
-        shutil.rmtree(folder / "features", ignore_errors=True)
-        say(f"[{number}/{count}] {cell.name}: done in {sum(result['cpu_s'].values()):.0f} CPU-s; {summary(result)}")
-        return True
+    def run_in(self, pool):
+        running, ended_early = {}, set()
+        while self.ended_by is None:
+            passed_over = ended_early | {cell.name for cell in running.values()}
+            held = False
+            for cell in self.left():
+                if cell.name in passed_over:
+                    continue
+                if len(running) == self.args.jobs:
+                    break
+                lock = self.take(cell)
+                if lock is None:
+                    held = True
+                else:
+                    running[pool.submit(self.run, cell, lock)] = cell
+            if not running and not held:
+                return
+            for future in self.ended_of(running, LOOK_AGAIN_S if held else None):
+                cell = running.pop(future)
+                has_ended, line = future.result()
+                ended_early |= set() if has_ended else {cell.name}
+                say(f"[{self.progress()}] {cell.name}: {line}")
 
-    def run_step(self, folder, name, words):
-        """Run one command, unless an earlier start has; returns its exit code. Its output and cost lie beside it."""
-        cost = folder / f"{name}.json"
-        before = read_json(cost) or {"starts": 0, "cpu_s": 0.0, "wall_s": 0.0, "memory_mb": 0.0}
+    def ended_of(self, running, timeout):
+        """Those of the cells at work that have ended, after waiting for one of them."""
+        if not running:
+            time.sleep(timeout)
+        return concurrent.futures.wait(running, timeout, concurrent.futures.FIRST_COMPLETED).done
+
+    def progress(self):
+        """ "3/57": cells that have ended, good or bad, of all that are known by now."""
+        return f"{len(self.cells()) - len(self.left())}/{len(self.cells())}"
+
+    def run(self, cell, lock):
+        """Train and evaluate; returns whether the cell has come to an end, good or bad, and a line about it."""
+        with lock:
+            folder = self.folder_of(cell)
+            self.begin_anew_if_another(cell)
+            make_folder(folder)
+            for name in ("train", *cell.evaluations):
+                words = self.words(cell, name)
+                if code := self.run_step(folder, name, words, lock):
+                    return self.ended_badly(cell, name, words, code)
+            scores = {name: self.rows_of(cell, name, folder) for name in cell.evaluations}
+            found = {"status": "done", "scores": scores} | self.curves(cell, folder)
+            self.keep_pictures(cell, folder)
+            shutil.rmtree(folder / "features", ignore_errors=True)
+            result = self.keep(cell, found)
+            return True, f"done in {sum(result['cpu_s'].values()):.0f} CPU-s; {summary(result)}"
+
+    def begin_anew_if_another(self, cell):
+        """The file of the experiment may have changed since an earlier start; a training would not go on as another."""
+        before = read_json(self.folder_of(cell) / "train.json")
+        if before is not None and not before["command"].startswith(f"{self.shown(self.asked(cell))} "):
+            say(f"{cell.name}: begins anew, what had been begun was `{before['command']}`")
+            shutil.rmtree(self.folder_of(cell))
+
+    def ended_badly(self, cell, name, words, code):
+        where = self.folder_of(cell) / f"{name}.txt"
+        if code not in OWN_ERRORS or self.ended_by is not None:
+            return False, f"{name} ended by exit code {code} ({where}); the same command goes on"
+        error = last_line(where)
+        self.keep(cell, {"status": "failed", "failed": self.shown(words), "error": error})
+        return True, f"failed: {error} ({where})"
+
+    def run_step(self, folder, name, words, lock):
+        """Run one command, unless an earlier start has; returns its exit code. Its output and cost lie in `folder`."""
+        path = folder / f"{name}.json"
+        before = NOTHING_YET | (read_json(path) or {})
         if before.get("code") == 0 and before["command"] == self.shown(words):
             return 0
+        if self.ended_by is not None:
+            return 128 + self.ended_by
         started = time.monotonic()
-        # a start that is killed with the machine leaves this line, and no time: then the sums are too low
-        write_json(cost, before | {"starts": before["starts"] + 1, "command": self.shown(words), "code": None})
-        with open(folder / f"{name}.txt", "a") as output:
-            code, usage = self.start(words, output)
-        found = {
+        cost = before | {
             "starts": before["starts"] + 1,
-            "cpu_s": before["cpu_s"] + usage.ru_utime + usage.ru_stime,
-            "wall_s": before["wall_s"] + time.monotonic() - started,
-            "memory_mb": max(before["memory_mb"], usage.ru_maxrss / 1024),  # of the largest process
+            # what the last start cost is unknown where it was killed together with this program
+            "uncounted_starts": before["uncounted_starts"] + ("code" in before and before["code"] is None),
+            "commits": list(dict.fromkeys([*before["commits"], commit()])),
             "command": self.shown(words),
-            "code": code,
+            "code": None,
         }
-        write_json(cost, found)
+        write_json(path, cost)
+        with open(folder / f"{name}.txt", "a") as output:
+            code, usage = self.start(words, output, lock)
+        cost["cpu_s"] += usage.ru_utime + usage.ru_stime
+        cost["wall_s"] += time.monotonic() - started
+        cost["memory_mb"] = max(cost["memory_mb"], usage.ru_maxrss / 1024)  # of the largest process
+        write_json(path, cost | {"code": code})
         return code
 
-    def start(self, words, output):
-        """(exit code, what it used) of a command that runs in this repository."""
-        script = str(ROOT / words[0])
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.args.nproc}"]
-        command = [*(launcher if self.is_distributed(words) else [sys.executable]), script, *words[1:]]
-        threads = str(max(1, cpus() // (self.args.jobs * self.args.nproc)))
-        environment = {"OMP_NUM_THREADS": threads} | os.environ | {"PYTHONPATH": str(ROOT)}
-        with self.mutex:
-            if self.ended_by is not None:
-                return 128 + self.ended_by, NOTHING_USED
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            self.processes[process.pid] = process
+    def start(self, words, output, lock):
+        """(exit code, what it used) of a command of this repository. It holds the cell's lock for as long as it lives,
+        also where this program is killed before it."""
+        launcher = ["-m", "torch.distributed.run", *self.processes_of(words)] if self.is_distributed(words) else []
+        command = [sys.executable, *launcher, str(ROOT / words[0]), *words[1:]]
+        environment = {"OMP_NUM_THREADS": self.threads()} | os.environ
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        begins_at = output.tell()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
+        )
+        self.processes[process.pid] = process
+        if self.ended_by is not None:  # since the process was started, and before `stop` could know it
+            self.stop(self.ended_by)
+        sign(lock, process.pid)
         _, status, usage = os.wait4(process.pid, 0)
-        with self.mutex:
-            del self.processes[process.pid]
-        code = os.waitstatus_to_exitcode(status)
-        process.returncode = code
+        del self.processes[process.pid]
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        if launcher and code == 1:
+            code = code_of_worker(output.name, begins_at)
         return (code if code >= 0 else 128 - code), usage
 
-    def stop(self, number, _frame):
-        """Hand the signal on: a training saves, and says with its exit code that it wants to go on."""
-        self.ended_by = number
-        for process in list(self.processes.values()):
-            process.send_signal(number)
+    def threads(self):
+        return str(max(1, cpus() // (self.args.jobs * self.args.nproc)))
+
+    def stop(self, number, _frame=None):
+        """End what is running. A training saves on SIGTERM; torchrun passes on no other signal, and of a Ctrl-C the
+        terminal has told everybody already: a second one would end a training without saving."""
+        self.ended_by = self.ended_by or number
+        for pid in list(self.processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    # ---- whose turn it is --------------------------------------------------------------------------------------------
+
+    def take(self, cell):
+        """The cell's lock; or None, where another start of this program, or what it has left running, is at it."""
+        lock = self.hold(cell)
+        if lock is not None and self.state(cell) == "open":
+            return lock
+        if lock is not None:  # it came to its end a moment ago
+            lock.close()
+        elif cell.name not in self.said:
+            self.said.add(cell.name)
+            say(f"{cell.name}: {self.holder(cell)} is at it; waiting for its end")
+        return None
+
+    def hold(self, cell):
+        """An open file whose lock this process and those that inherit the file hold until the last one ends; or None
+        where others hold it, or a training that somebody started by hand in the cell's folder."""
+        path = self.lock_of(cell)
+        make_folder(path.parent)
+        file = open(path, "a+")  # noqa: SIM115 (closing it would let the lock go)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.folder_of(cell).exists():
+                lock_folder(self.folder_of(cell)).close()
+        except (BlockingIOError, UserError):
+            file.close()
+            return None
+        except OSError as error:
+            say(f"warning: {path} is on a file system without locks ({error.strerror}); start no second run of a cell")
+        sign(file, os.getpid())
+        return file
+
+    def lock_of(self, cell):
+        """Beside the cell's folder, which may be removed under the lock."""
+        folder = self.folder_of(cell)
+        return folder.with_name(f".{folder.name}.lock")
+
+    def holder(self, cell):
+        return self.lock_of(cell).read_text().strip() or "another process"
 
     # ---- what is kept ------------------------------------------------------------------------------------------------
 
@@ -284,7 +410,8 @@ class Runner:
         """Write the cell's JSON, whole or not at all."""
         folder = self.folder_of(cell)
         costs = {name: read_json(folder / f"{name}.json") for name in ("train", *cell.evaluations)}
-        costs = {name: cost for name, cost in costs.items() if cost is not None}
+        costs = {name: NOTHING_YET | cost for name, cost in costs.items() if cost is not None}
+        commits = dict.fromkeys(name for cost in costs.values() for name in cost["commits"])
         result = {
             "experiment": cell.experiment,
             "budget": cell.budget,
@@ -294,11 +421,14 @@ class Runner:
             "chosen": cell.chosen,
             "train": self.shown(self.training(cell)),
             "evaluations": {name: self.shown(self.evaluation(cell, name)) for name in cell.evaluations},
-            "commit": commit(),
+            "commit": ", ".join(commits) or commit(),
             "cpu_s": {name: round(cost["cpu_s"], 1) for name, cost in costs.items()},
             "wall_s": {name: round(cost["wall_s"], 1) for name, cost in costs.items()},
             "memory_mb": {name: round(cost["memory_mb"]) for name, cost in costs.items()},
             "starts": {name: cost["starts"] for name, cost in costs.items()},
+            # of these, killed together with this program: their times are missing above
+            "uncounted_starts": {name: n for name, cost in costs.items() if (n := cost["uncounted_starts"])},
+            "threads": int(os.environ.get("OMP_NUM_THREADS", self.threads())),
         } | found
         path = self.experiment.path(cell)
         make_folder(path.parent, "--results_dir")
@@ -308,7 +438,7 @@ class Runner:
     def rows_of(self, cell, name, folder):
         """The rows of an evaluation's table: of the trained model, of its earlier checkpoints and of baselines where
         there are any."""
-        rows = read_json(folder / f"results_{name}.json")["rows"]
+        rows = results_of(folder, name)["rows"]
         names = {str(folder / "checkpoint.pth"): "trained", "checkpoint.pth": "trained"}  # alone, and beside others
         rows = [row | {"checkpoint": names.get(row["checkpoint"], row["checkpoint"])} for row in rows]
         return [{key: value for key, value in row.items() if key not in LEFT_OUT} for row in rows]
@@ -330,7 +460,7 @@ class Runner:
         if kept:
             found["lines"] = kept
         for name, flags in cell.evaluations.items():
-            results = read_json(folder / f"results_{name}.json")
+            results = results_of(folder, name)
             found["versions"] = results["versions"]
             if keep := flags.get("keep"):
                 found.setdefault("kept", {})[name] = {key: deep(results, key, folder) for key in keep}
@@ -342,24 +472,53 @@ class Runner:
     # ---- on SLURM ----------------------------------------------------------------------------------------------------
 
     def submit(self):
-        """A job for each cell that is open: this program, with that cell alone."""
+        """A job for each cell that is open: this program, with that cell alone. What --again names is forgotten by now,
+        so that a job that comes back goes on."""
         names = [cell.name for cell in self.left()]
         if not names:
             say("nothing to submit: every cell that is known by now has been run")
             return
         own = [self.args.experiment, "--budget", self.args.budget, "--nproc", str(self.args.nproc)]
-        own += ["--output_dir", self.args.output_dir, "--results_dir", self.args.results_dir]
+        own += ["--output_dir", self.args.output_dir, "--results_dir", self.args.results_dir, *self.device()]
         own += ["--set", *self.args.overrides] if self.args.overrides else []
         own += ["--data", *self.args.data] if self.args.data else []
-        own += ["--column", *self.args.column] if self.args.column else []
-        own += ["--again", *self.args.again] if self.args.again else []
         launcher = [sys.executable, str(ROOT / "run_with_submitit.py"), "--script", "run_experiments", "--ngpus", "1"]
-        command = [*launcher, *shlex.split(self.args.submit), "--array", "cell", *names, *own]
+        gpus = ["--gres", f"gpu:{self.args.nproc}"] if self.args.nproc > 1 and self.args.device != "cpu" else []
+        command = [*launcher, *gpus, *shlex.split(self.args.submit), *own, "--array", "cell", *names]
         if code := subprocess.run(command).returncode:
             raise UserError(f"run_with_submitit.py ended with {code}; nothing was submitted")
 
 
-NOTHING_USED = type("Usage", (), {"ru_utime": 0.0, "ru_stime": 0.0, "ru_maxrss": 0})
+@functools.cache
+def parser_of(script):
+    """What reads a script's flags."""
+    if not (ROOT / script).is_file():
+        raise UserError(f"{script}: no such script of this repository")
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).get_args_parser()
+
+
+def refuse(message):
+    raise UserError(message)
+
+
+def sign(lock, process):
+    """Write into a lock's file who holds it."""
+    lock.truncate(0)
+    lock.write(f"host {socket.gethostname()}, process {process}\n")
+    lock.flush()
+
+
+def results_of(folder, name):
+    path = folder / f"results_{name}.json"
+    return read_json(path) or refuse(f"{path}: not there, although its evaluation has ended well; is NAME in "
+                                     f"[evaluate.NAME] that of the script's results_NAME.json?")  # fmt: skip
+
+
+def code_of_worker(path, begins_at):
+    """torchrun's own exit code is 1, whatever ended its processes; what it prints at its end has theirs."""
+    text = Path(path).read_bytes()[begins_at:].decode(errors="replace")
+    codes = re.findall(r"exitcode +: (-?\d+)", text)
+    return int(codes[-1]) if codes else 1  # the last one it prints is the first that was met
 
 
 def deep(results, key, folder):
@@ -393,27 +552,27 @@ def summary(result):
 def last_line(path):
     """Of a command's output, the last line that tells an error, or else the last one."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
-    errors = [line for line in lines if "rror" in line]
-    return one_line((errors or lines)[-1], 400)
+    ours = [line for line in lines if line.startswith("error")]
+    errors = ours or [line for line in lines if "rror" in line]
+    return one_line((errors or lines)[-1].replace(f"{ROOT}/", ""), 400)
 
 
 def write_json(path, value):
     """Whole or not at all; a line for each of its keys."""
-    aside = path.with_name(f".{path.name}.tmp")
     lines = [f"{json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()]
-    aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(aside, path)
+    with replace_file(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 class signals_to:
-    """Inside, SIGTERM, SIGINT and SIGUSR2 call a function."""
+    """Inside, SIGNALS call a function; nohup's ignored SIGHUP stays ignored."""
 
     def __init__(self, function):
         self.function = function
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.function)
-                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}  # fmt: skip
+        ignored = {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+        self.before = {number: signal.signal(number, self.function) for number in SIGNALS if number not in ignored}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -37,7 +37,7 @@ from utils import (
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = (
     "main_cplearn", "eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "visualize_attention",
-    "export_backbone",
+    "export_backbone", "run_experiments",
 )  # fmt: skip
 
 MEMORY_TYPES = ("tmpfs", "ramfs", "overlay")  # of file systems: seen by one machine only
@@ -232,7 +232,7 @@ def plan(args, words):
     folder = parser.parse_args(every[0]).output_dir
     if folder is None:
         raise UserError("--output_dir: expected a folder; the job's logs go to OUTPUT_DIR/slurm")
-    if args.array:
+    if args.array and args.script != "run_experiments":  # its cells have folders of their own
         every = [[*w, "--output_dir", str(Path(folder, run_name(*w[-2:])))] for w in every]
     if len({tuple(w) for w in every}) < len(every):
         raise UserError(f"--array {shlex.join(args.array)}: a value is there twice")

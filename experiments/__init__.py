@@ -48,10 +48,16 @@ else:
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-SECTIONS = {"title", "about", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure", "claim"}
-SECTIONS |= {"paper"}
-ROW_KEYS = {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"}
-FIGURE_KEYS = {"name", "kind", "paper", "rows", "columns", "about"} | {"x", "scores", "keys", "file", "crop", "axes"}
+KEYS = {  # of the file and of sections whose misspelt keys would be missed in silence
+    "": {"title", "about", "paper", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure"}
+    | {"claim"},
+    "budget": {"seeds", "flags", "rows", "columns", "tune", "evaluate"},
+    "column": {"name", "flags", "budget"},
+    "row": {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"},
+    "tune": {"first", "flags", "seed", "evaluate", "score"},
+    "log": {"keep"},
+    "figure": {"name", "kind", "paper", "rows", "columns", "about"} | {"x", "scores", "keys", "file", "crop", "axes"},
+}
 BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables
 
 
@@ -111,7 +117,11 @@ class Experiment:
             merged |= part.get("flags", {})
             if part is not self.spec and part is not self.at_budget:
                 merged |= part.get("budget", {}).get(self.budget, {})
-        return {flag: value for flag, value in (merged | self.overrides).items() if value != ""}
+        return self.overridden(merged)
+
+    def overridden(self, flags):
+        """With --set over the file's; an empty value takes the flag away."""
+        return {flag: value for flag, value in (flags | self.overrides).items() if value != ""}
 
     def plan(self):
         """Cells that are known by now: of the grids, and of each row whose grid has ended, seed after seed."""
@@ -124,9 +134,27 @@ class Experiment:
                     cells += [self.cell(row, column, seed, chosen) for seed in self.seeds(row)]
         return [*in_grids.values(), *sorted(cells, key=lambda cell: cell.seed)]  # a sort that keeps rows in order
 
+    def every(self):
+        """Cells of every kind that there may be, also of grids that have not ended: to check before anything runs."""
+        for column in self.columns():
+            for row in self.rows():
+                grid = self.grid_of(self.tuned(row))
+                first = {flag: values[0] for flag, values in grid}
+                yield self.cell(row, column, self.seeds(row)[0], first)
+                for flag, values in grid:
+                    yield from (self.cell_of_grid(self.tuned(row), column, first | {flag: value}) for value in values)
+
+    def without_choice(self):
+        """Names of rows and columns whose grid has ended, with no run that could be chosen."""
+        for column in self.columns():
+            for row in self.rows():
+                tried, chosen = self.search(self.tuned(row), column)
+                if chosen is None and all(self.read(cell) is not None for cell in tried):
+                    yield row["name"], column["name"]
+
     def search(self, row, column):
-        """(the cells of a row's grid so far, the flags that it chose, or None while it has not ended)."""
-        grid = self.grid_of(row) if self.at_budget.get("tune", True) else []
+        """(the cells of a row's grid so far, the flags that it chose); None where it has not ended, or all failed."""
+        grid = self.grid_of(row)
         flags = self.flags(row, column)
         point, cells = {flag: flags.get(flag) for flag, _ in grid}, []
         for flag, values in grid:
@@ -135,12 +163,20 @@ class Experiment:
             results = [self.read(cell) for cell in tried]
             if None in results:
                 return cells, None
-            point = best_of(tried, results, self.spec["tune"]["score"]).chosen
+            best = best_of(tried, results, self.spec["tune"]["score"])
+            if best is None:
+                return cells, None
+            point = best.chosen
         return cells, point
 
     def grid_of(self, row):
-        """[(flag, values)]: one flag after another."""
-        return [*self.spec["tune"].get("first", []), *row["tune"]] if "tune" in row else []
+        """[(flag, values)]: one flag after another. Raises UserError for a flag that --set has fixed."""
+        if not self.at_budget.get("tune", True) or "tune" not in row:
+            return []
+        grid = [*self.spec["tune"].get("first", []), *row["tune"]]
+        if fixed := sorted({flag for flag, _ in grid} & set(self.overrides)):
+            raise UserError(f"--set {fixed[0]}: row {row['name']} has a grid of it; take it out of the file's `tune`")
+        return grid
 
     def tuned(self, row):
         """The row whose grid chooses this row's flags."""
@@ -159,7 +195,7 @@ class Experiment:
     def cell_of_grid(self, row, column, point):
         tune = self.spec["tune"]
         cell = self.cell(row, column, tune.get("seed", 0), point)
-        cell.flags |= tune.get("flags", {})
+        cell.flags = self.overridden(cell.flags | tune.get("flags", {}))
         cell.evaluations = {name: cell.evaluations[name] for name in tune["evaluate"]}
         cell.in_grid = True
         return cell
@@ -201,11 +237,10 @@ def is_in(figure, row_name, column_name):
 
 
 def best_of(cells, results, score):
-    """The cell of the best score; of equal ones the first. Raises UserError where all have failed."""
+    """The cell of the highest score; of equal ones the first; None where no run has that score."""
     scores = [score_of(result, score) for result in results]
-    if all(value is None for value in scores):
-        raise UserError(f"{cells[0].name} and the rest of its grid failed: nothing to choose from; see {RESULTS}")
-    return max(zip(cells, scores, strict=True), key=lambda pair: -1 if pair[1] is None else pair[1])[0]
+    scored = [(cell, value) for cell, value in zip(cells, scores, strict=True) if value is not None and value == value]
+    return max(scored, key=lambda pair: pair[1], default=(None, None))[0]
 
 
 def score_of(result, score, take="trained"):
@@ -213,10 +248,7 @@ def score_of(result, score, take="trained"):
 
     score: "linear.top1", "cluster[k-means *].ami", "cluster[codes].nmi", or a name such as "cpu_s.train".
     take: "trained", the name of a baseline, or an epoch's checkpoint, such as "checkpoint0001.pth"."""
-    found = re.fullmatch(r"(\w+)(?:\[(.+)\])?\.(\w+)", score)
-    if found is None:
-        raise UserError(f"score {score}: expected NAME.KEY or NAME[METHOD].KEY, such as cluster[codes].ami")
-    name, method, key = found.groups()
+    name, method, key = parts_of(score)
     if result["status"] != "done":
         return None
     if name not in result["scores"]:
@@ -224,6 +256,14 @@ def score_of(result, score, take="trained"):
     rows = [row for row in result["scores"][name] if row["checkpoint"] == take]
     rows = [row for row in rows if method is None or fnmatchcase(row.get("method", ""), method)]
     return rows[0].get(key) if rows else None
+
+
+def parts_of(score):
+    """ "cluster[codes].ami" -> ("cluster", "codes", "ami")."""
+    found = re.fullmatch(r"(\w+)(?:\[(.+)\])?\.(\w+)", score)
+    if found is None:
+        raise UserError(f"score {score}: expected NAME.KEY or NAME[METHOD].KEY, such as cluster[codes].ami")
+    return found.groups()
 
 
 def read_experiment(path, budget, overrides=None, results=RESULTS, columns=None):
@@ -253,27 +293,52 @@ def varied(row):
 
 def check(path, spec, budget):
     """That names in it mean something: an experiment runs for hours before a misspelt one would be missed."""
-    unknown = sorted(set(spec) - SECTIONS)
-    unknown += sorted(key for row in spec.get("row", []) for key in set(row) - ROW_KEYS)
-    unknown += sorted(key for figure in spec.get("figure", []) for key in set(figure) - FIGURE_KEYS)
-    if unknown:
-        known = ", ".join(sorted(SECTIONS | ROW_KEYS | FIGURE_KEYS))
-        raise UserError(f"{path}: {unknown[0]} means nothing; expected {known}")
+    check_keys(path, spec)
     budgets = spec.get("budget", {})
     if budget not in budgets:
         raise UserError(f"{path}: no budget {budget}; it has {', '.join(budgets)}")
+    if not budgets[budget].get("seeds"):
+        raise UserError(f"{path}: budget {budget} has no seeds; expected such as seeds = [0, 1, 2]")
     for kind in ("row", "column"):
         names = [part["name"] for part in spec.get(kind, [])]
         asked = {name for of_budget in budgets.values() for name in of_budget.get(f"{kind}s", [])}
-        asked |= {row["like"] for row in spec.get("row", []) if kind == "row" and "like" in row}
-        if not names or len(set(names)) < len(names) or asked - set(names):
-            raise UserError(f"{path}: its {kind}s are {', '.join(names)}; expected some, no two alike, "
+        if not names or len(set(map(slug, names))) < len(names) or asked - set(names):
+            raise UserError(f"{path}: its {kind}s are {', '.join(names)}; expected some, no two alike as file names, "
                             f"and among them {', '.join(sorted(asked)) or 'any'}")  # fmt: skip
     for row in spec["row"]:
-        grid = [*spec.get("tune", {}).get("first", []), *row.get("tune", [])] if "tune" in row else []
-        untold = [flag for flag, _ in grid if flag not in row.get("flags", {}) | spec.get("flags", {})]
-        if untold:
-            raise UserError(f"{path}: row {row['name']} tunes {untold[0]}; expected its value before that in its flags")
+        check_grid(path, spec, row)
+
+
+def check_keys(path, spec):
+    """Raises UserError for a key that nobody reads."""
+    parts = [("", spec), *((kind, part) for kind in ("column", "row") for part in spec.get(kind, []))]
+    parts += [("budget", part) for part in spec.get("budget", {}).values()]
+    parts += [(kind, spec[kind]) for kind in ("tune", "log") if kind in spec]
+    for kind, part in parts:
+        if unknown := sorted(set(part) - KEYS[kind]):
+            where = f"[{kind}] {part.get('name', '')}".strip() if kind else path
+            raise UserError(f"{path}: {where}: {unknown[0]} means nothing; expected {', '.join(sorted(KEYS[kind]))}")
+        if kind in ("column", "row") and "name" not in part:
+            raise UserError(f"{path}: a [[{kind}]] has no name")
+
+
+def check_grid(path, spec, row):
+    """Raises UserError where a row's grid, or the row whose choice it takes, cannot be."""
+    tuned = [other["name"] for other in spec["row"] if "tune" in other]
+    if "like" in row and row["like"] not in tuned:
+        raise UserError(f"{path}: row {row['name']} is like {row['like']}; rows with a grid: {', '.join(tuned)}")
+    if "tune" not in row:
+        return
+    tune = spec.get("tune", {})
+    if missing := sorted({"evaluate", "score"} - set(tune)):
+        raise UserError(f"{path}: row {row['name']} has a grid, and [tune] no {missing[0]}")
+    if unknown := sorted(set(tune["evaluate"]) - set(spec.get("evaluate", {}))):
+        raise UserError(f"{path}: [tune] evaluate: there is no [evaluate.{unknown[0]}]")
+    if (name := parts_of(tune["score"])[0]) not in tune["evaluate"]:
+        raise UserError(f"{path}: [tune] score = {tune['score']}: expected {name} among its `evaluate`")
+    known = row.get("flags", {}) | spec.get("flags", {})
+    if untold := [flag for flag, _ in [*tune.get("first", []), *row["tune"]] if flag not in known]:
+        raise UserError(f"{path}: row {row['name']} tunes {untold[0]}; expected its value before that in its flags")
 
 
 def read_json(path):
