@@ -91,7 +91,7 @@ class Ahead:
 
     def __call__(self, make):
         if self.stream is None:
-            return make()
+            return [view.contiguous(memory_format=self.memory_format) for view in make()]
         training = torch.cuda.current_stream()
         trained_before, self.trained = self.trained, training.record_event()
         with torch.cuda.stream(self.stream):

@@ -265,7 +265,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
     loader = data.TrainLoader(
         train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
     )
-    evaluated.model.to(evaluated.device)
+    evaluated.on_device()
     ranked = None
     while run.epoch < args.epochs:
         line = {"epoch": run.epoch, "train_lr": run.lr(), "train_loss": train_one_epoch(run, loader, labels)}
@@ -453,7 +453,7 @@ def count_labels(args, images):
 
 def score_head(evaluated, val_images, models):
     """Test a head without training. Returns a row of the table, and the ranked classes of the validation images."""
-    args, model = evaluated.args, evaluated.model.to(evaluated.device)
+    args, model = evaluated.args, evaluated.on_device()
     path = args.linear_weights or head_folder(evaluated, models) / KEPT
     head = new_head(model.embed_dim, count_labels(args, val_images), args.seed)
     load_head(head, checkpoint.load_checkpoint(path), path, evaluated)

@@ -522,7 +522,7 @@ def build_run(args):
     if accum_steps > 1:
         refuse_batch_norm(args, model.backbone, accum_steps)
     model.to(device)
-    memory_format = lay_out(model.backbone, device)
+    memory_format = lay_out(model, device)
     try_it = partial(pass_through, model.train().backbone, args, loader.recipe, batch_size, memory_format, device)
     compiled = compile_backbone(model.backbone, try_it) if args.compile else "not compiled"
     return Run(

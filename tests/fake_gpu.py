@@ -173,6 +173,6 @@ def fake_gpu(words, processes=1):
         run.log, run.watch = RunLog(run.args.output_dir, 0, run.total_steps), Watch((), 0, lambda: None)
         run.model.train().to("meta")
         stack.enter_context(AsIfOnGPU())
-        run.ahead.memory_format = main_cplearn.lay_out(run.model.backbone, CUDA)
+        run.ahead.memory_format = main_cplearn.lay_out(run.model, CUDA)
         run.device, run.optimizer = CUDA, main_cplearn.build_optimizer(run.args, run.model)
         yield run, [batch.pin_memory() for batch in batches]

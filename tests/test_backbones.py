@@ -196,13 +196,16 @@ def test_what_is_compiled_computes_the_same(kind):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "test_convnext", "vit_tiny"])
-def test_convolutions_on_a_gpu_have_channels_last_and_compute_the_same(monkeypatch, arch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "test_convnext", "vit_tiny"])
+def test_convolutions_have_channels_last_and_compute_the_same(monkeypatch, arch, device):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     model, x = build_backbone(arch, 32, 8).eval(), torch.randn(2, 3, 32, 32)
     expected, weight = model(x), next(p for p in model.parameters() if p.dim() == 4 and p.shape[2] > 1)
-    assert lay_out(model, torch.device("cpu")) == torch.contiguous_format and weight.is_contiguous()
-    memory_format = lay_out(model, torch.device("cuda"))
-    assert (memory_format == torch.channels_last) == (arch != "vit_tiny") == torch.backends.cudnn.benchmark
+    memory_format = lay_out(torch.nn.ModuleList([model, copy.deepcopy(model)]), torch.device(device))
+    left = {"cpu": ("vit_tiny", "test_convnext"), "cuda": ("vit_tiny",)}[device]
+    assert memory_format == (torch.contiguous_format if arch in left else torch.channels_last)
+    assert torch.backends.cudnn.benchmark == (memory_format == torch.channels_last and device == "cuda")
     assert weight.is_contiguous(memory_format=memory_format)
-    torch.testing.assert_close(model(x.contiguous(memory_format=memory_format)), expected, rtol=1e-4, atol=1e-5)
+    for images in (x, x.contiguous(memory_format=memory_format)):  # as the evaluations and as a training have them
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)

@@ -266,7 +266,7 @@ def test_the_score_is_the_last_epochs(folder, tmp_path):
     logits = F.linear(val, state["module.linear.weight"], state["module.linear.bias"])
     expected = 100 * (logits.argmax(1) == labels).double().mean().item()
     assert row["top1"] == log[-1]["test_acc1"] == pytest.approx(expected)
-    assert log[-1]["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert log[-1]["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)  # a level or so
     assert row["top5"] == log[-1]["test_acc5"]
     assert row["best_test_top1"] == max(line["test_acc1"] for line in log if "test_acc1" in line)
 

@@ -154,8 +154,12 @@ def test_schedule_is_dinos():
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
 
 
-def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkeypatch):
-    run(folder, tmp_path / "whole")
+SMALL = {"arch": "resnet8", "width": 32, "drop_path_rate": 0.0}
+
+
+@pytest.mark.parametrize("backbone", [{}, SMALL], ids=["a ViT", "channels last"])
+def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkeypatch, backbone):
+    run(folder, tmp_path / "whole", **backbone)
 
     original = main_cplearn.train_one_step
     save = main_cplearn.save
@@ -168,19 +172,16 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkey
 
     monkeypatch.setattr(main_cplearn, "train_one_step", disturbed)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "cut")
+        run(folder, tmp_path / "cut", **backbone)
     assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == 17
     monkeypatch.undo()
-    run(folder, tmp_path / "cut", num_workers=2)
+    run(folder, tmp_path / "cut", num_workers=2, **backbone)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
 
 
 def losses(folder):
     return [line["train_loss"] for line in read_log(folder / "log.txt")]
-
-
-SMALL = {"arch": "resnet8", "width": 32, "drop_path_rate": 0.0}
 
 
 @pytest.mark.parametrize("dictionary", ["rademacher", "hadamard"])
