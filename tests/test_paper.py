@@ -5,8 +5,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import main_cplearn
+import run_experiments
 from experiments import ROOT, Experiment, figures, read_experiment, words_of
 from utils import UserError
 
@@ -158,3 +160,47 @@ def test_a_figure_of_nothing_is_said_and_one_of_another_kind_refused(plt, tmp_pa
     assert capsys.readouterr().out == "N: without K = 4, A; K = 16, A: not run, or failed\nN: nothing to show yet\n"
     with pytest.raises(UserError, match="kind pie; expected one of curve"):
         figures.draw(plt, empty, {"name": "N", "kind": "pie"})
+
+
+# ---- what of a cell is kept for them ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(tmp_path):
+    spec = SPEC | {"figure": [{"name": "", "kind": "pictures", "file": "matrices_*.png"}]}
+    spec["evaluate"] = {"linear": {"protocol": "adam", "checkpoints": "all"}}
+    experiment = Experiment("some", spec, "b", results=tmp_path / "results")
+    words = ["some.toml", "--output_dir", str(tmp_path / "runs")]
+    return run_experiments.Runner(experiment, run_experiments.get_args_parser().parse_args(words))
+
+
+def test_an_evaluation_of_all_checkpoints_names_each_state_once(runner):
+    cell = runner.experiment.plan()[0]
+    folder = runner.folder_of(cell)
+    folder.mkdir(parents=True)
+    for name in ("checkpoint.pth", "checkpoint0002.pth", "checkpoint0010.pth", "checkpoint0012.pth"):
+        (folder / name).touch()  # the last of the copies is checkpoint.pth itself
+    words = runner.evaluation(cell, "linear")
+    files = [str(folder / name) for name in ("checkpoint.pth", "checkpoint0002.pth", "checkpoint0010.pth")]
+    assert words[: words.index("--seed")] == ["eval_linear.py", "--checkpoint", *files]
+    assert "--checkpoints" not in words
+    rows = [{"checkpoint": name, "top1": i} for i, name in enumerate(("checkpoint.pth", "checkpoint0002.pth"))]
+    (folder / "results_linear.json").write_text(json.dumps({"rows": rows}))
+    assert [row["checkpoint"] for row in runner.rows_of(cell, "linear", folder)] == ["trained", "checkpoint0002.pth"]
+
+
+def test_pictures_lie_beside_the_json_and_a_missing_one_is_no_error(runner):
+    cell, other = runner.experiment.plan()[:2]
+    for one in (cell, other):
+        runner.folder_of(one).mkdir(parents=True)
+    (runner.folder_of(cell) / "matrices_a_checkpoint.png").write_bytes(b"drawn")
+    for one in (cell, other):
+        runner.keep_pictures(one, runner.folder_of(one))
+    assert [p.name for p in runner.experiment.results.iterdir()] == [f"{cell.name}.matrices.png"]
+
+
+def test_sizes_are_of_the_file_and_of_its_weights(tmp_path):
+    weights = {"backbone.w": torch.zeros(2**18), "head.codes": torch.zeros(2**19, dtype=torch.int8)}
+    torch.save({"student": weights, "optimizer": torch.zeros(2**18)}, tmp_path / "checkpoint.pth")
+    sizes = run_experiments.sizes_mib(tmp_path / "checkpoint.pth")
+    assert sizes["state_dict_mib"] == 1.5 and sizes["checkpoint_mib"] == pytest.approx(2.5, abs=0.01)
