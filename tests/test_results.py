@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from experiments import RESULTS, ROOT, Experiment, claims, read_experiment, tables
+import main_cplearn
+from experiments import RESULTS, ROOT, Experiment, claims, read_experiment, tables, words_of
 from utils import UserError
 
 PAGE = ROOT.parent / "docs" / "results.md"
@@ -148,3 +149,14 @@ def test_statistics_of_the_table_are_sample_statistics():
 def test_experiments_of_the_page_are_there():
     for name in ("comparison", "beta", "demo"):
         assert read_experiment(ROOT / f"{name}.toml", "short").rows()
+
+
+def test_the_demo_of_the_page_is_the_demo_of_the_makefile():
+    """Flags of `make demo` beside those of experiments/demo.toml, rate and beta as its grid chose them."""
+    makefile = (ROOT.parent / "Makefile").read_text().replace("\\\n", " ")
+    words = next(line for line in makefile.splitlines() if line.startswith("DEMO_FLAGS")).split(":=")[1].split()
+    experiment = read_experiment(ROOT / "demo.toml", "short")
+    (column,), row = experiment.columns(), experiment.rows()[-1]
+    _, chosen = experiment.search(row, column)
+    ours = main_cplearn.get_args_parser().parse_args(words_of(experiment.flags(row, column) | (chosen or {})))
+    assert vars(main_cplearn.get_args_parser().parse_args(words)) == vars(ours)
