@@ -36,6 +36,7 @@ from pathlib import Path
 import images
 from checkpoint import load_checkpoint, lock_folder, replace_file
 from experiments import RESULTS, Experiment, read_experiment, read_json, score_of, words_of
+from experiments.commands import Commands
 from utils import UNFINISHED, ArgumentParser, UserError, command_line, commit, make_folder, one_line, positive
 
 ROOT = Path(__file__).resolve().parent
@@ -108,7 +109,8 @@ class Runner:
         if unknown := sorted(set(self.folders) - set(images.DATASETS) | {"imagefolder"} & set(self.folders)):
             small = ", ".join(sorted(set(images.DATASETS) - {"imagefolder"}))
             raise UserError(f"--data {unknown[0]}: no small set of that name; there are {small}")
-        self.processes, self.ended_by = {}, None
+        self.commands = Commands({"OMP_NUM_THREADS": self.threads()})
+        self.running, self.ended_by = set(), None  # pids
         self.said = set()
 
     # ---- which cells -------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class Runner:
         """Until no cell is open; returns the exit code."""
         make_folder(self.folder)
         make_folder(self.experiment.results, "--results_dir")
-        with signals_to(self.stop), concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
+        with self.commands, signals_to(self.stop), concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             try:
                 self.run_in(pool)
             except BaseException:
@@ -324,34 +326,26 @@ class Runner:
         }
         write_json(path, cost)
         with open(folder / f"{name}.txt", "a") as output:
-            code, usage = self.start(words, output, lock)
-        cost["cpu_s"] += usage.ru_utime + usage.ru_stime
+            code, cpu_s, memory_mb = self.start(words, output, lock)
+        cost["cpu_s"] += cpu_s
         cost["wall_s"] += time.monotonic() - started
-        cost["memory_mb"] = max(cost["memory_mb"], usage.ru_maxrss / 1024)  # of the largest process
+        cost["memory_mb"] = max(cost["memory_mb"], memory_mb)  # of the largest process
         write_json(path, cost | {"code": code})
         return code
 
     def start(self, words, output, lock):
-        """(exit code, what it used) of a command of this repository. It holds the cell's lock for as long as it lives,
-        also where this program is killed before it."""
+        """[exit code, CPU seconds, MB of its largest process] of a command. It holds the cell's lock for as long as it
+        lives, also where this program is killed before it."""
         launcher = ["-m", "torch.distributed.run", *self.processes_of(words)] if self.is_distributed(words) else []
-        command = [sys.executable, *launcher, str(ROOT / words[0]), *words[1:]]
-        environment = {"OMP_NUM_THREADS": self.threads()} | os.environ
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         begins_at = output.tell()
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
-        )
-        self.processes[process.pid] = process
-        if self.ended_by is not None:  # since the process was started, and before `stop` could know it
+        command = self.commands.start(words, output, lock, launcher=launcher)
+        self.running.add(command.pid)
+        if self.ended_by is not None:  # since the command was started, and before `stop` could know it
             self.stop(self.ended_by)
-        sign(lock, process.pid)
-        _, status, usage = os.wait4(process.pid, 0)
-        del self.processes[process.pid]
-        process.returncode = code = os.waitstatus_to_exitcode(status)
-        if launcher and code == 1:
-            code = code_of_worker(output.name, begins_at)
-        return (code if code >= 0 else 128 - code), usage
+        sign(lock, command.pid)
+        code, *used = command.wait()
+        self.running.discard(command.pid)
+        return [code_of_worker(output.name, begins_at) if launcher and code == 1 else code, *used]
 
     def threads(self):
         return str(max(1, cpus() // (self.args.jobs * self.args.nproc)))
@@ -360,7 +354,7 @@ class Runner:
         """End what is running. A training saves on SIGTERM; torchrun passes on no other signal, and of a Ctrl-C the
         terminal has told everybody already: a second one would end a training without saving."""
         self.ended_by = self.ended_by or number
-        for pid in list(self.processes):
+        for pid in list(self.running):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
@@ -419,6 +413,7 @@ class Runner:
             "column": cell.column,
             "seed": cell.seed,
             "chosen": cell.chosen,
+            "OMP_NUM_THREADS": self.commands.environment["OMP_NUM_THREADS"],  # sums depend on it, in the last digits
             "train": self.shown(self.training(cell)),
             "evaluations": {name: self.shown(self.evaluation(cell, name)) for name in cell.evaluations},
             "commit": ", ".join(commits) or commit(),

@@ -14,7 +14,7 @@ from runs import ROOT, flags, write_pictures
 
 @pytest.fixture(scope="module")
 def commands():
-    with Commands() as server:
+    with Commands({"OMP_NUM_THREADS": "1"}) as server:
         yield server
 
 

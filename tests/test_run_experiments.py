@@ -392,9 +392,10 @@ def test_a_signal_reaches_the_training_and_the_same_command_goes_on(number):
     start = Start(WAITS)
     until(lambda: came(CELL) == ["train"])
     assert start.end(number, group=number == signal.SIGINT) == 128 + number  # Ctrl-C: the terminal tells all of them
-    told = [f"signal {signal.SIGTERM.value}"]
-    told += [f"signal {signal.SIGINT.value}"] if number == signal.SIGINT else []  # once: a second one would not save
-    assert came(CELL)[0] == "train" and sorted(came(CELL)[1:]) == sorted(told) and results() == {}
+    told = came(CELL)[1:]  # each once: a second one would not save; the runner's may come after its end
+    assert came(CELL)[0] == "train" and results() == {} and len(set(told)) == len(told)
+    own = [f"signal {signal.SIGTERM.value}"]
+    assert told == own if number != signal.SIGINT else "signal 2" in told and set(told) <= {"signal 2", *own}
     assert "the same command goes on" in start.said.read_text()
     Path("go").touch()
     assert run(WAITS) == 0
