@@ -21,12 +21,14 @@ failed is left out, and said.
 import math
 import re
 import statistics
+import textwrap
 
 import numpy as np
 
 import evaluation
+from evaluation.collapse_figures import plain_numbers
 from experiments import RESULTS, is_in, read_experiment, score_of, slug
-from utils import ArgumentParser, UserError, command_line
+from utils import ArgumentParser, UserError, command_line, one_line
 
 LINE_STYLES = ("-", "--", ":", "-.")  # a colour comes again with another one
 PANEL = (4.2, 3.2)  # inches
@@ -62,7 +64,9 @@ def draw(plt, experiment, figure):
     if drawn is None:
         print(f"{title}: nothing to show yet")
         return
-    drawn.suptitle("\n".join([figure["name"], *([figure["about"]] if "about" in figure else [])]), fontsize=9)
+    letters = int(12 * drawn.get_figwidth())  # of 9 points in a line
+    told = [textwrap.fill(figure[key], letters) for key in ("name", "about") if key in figure]
+    drawn.suptitle("\n".join(told), fontsize=9)
     path = experiment.results / f"{slug(title)}.png"
     drawn.savefig(path)
     plt.close(drawn)
@@ -97,7 +101,7 @@ def draw_curve(plt, experiment, figure):
             colour = evaluation.PALETTE[i % len(evaluation.PALETTE)]
             of_column = [cell for cell in cells if cell[1]["name"] == name]
             draw_score(axis, experiment, figure, score, of_column, {"color": colour, "label": name})
-        axis.set(**{"xlabel": figure["x"], "ylabel": score["name"]} | figure.get("axes", {}))
+        dress(axis, {"xlabel": figure["x"], "ylabel": score["name"]} | figure.get("axes", {}))
     return name_lines(drawn, axes)
 
 
@@ -156,7 +160,7 @@ def draw_lines(plt, experiment, figure):
                 draw_series(axis, [series for series in found if series[0]], style_of(rows.index(row["name"]), row))
         named = key if figure["kind"] == "epochs" else key.split(".")[-1]
         labels = {"title": column_name, "ylabel": named, "xlabel": X_OF.get(figure["kind"], figure.get("x", "rank"))}
-        axis.set(**labels | figure.get("axes", {}))
+        dress(axis, labels | figure.get("axes", {}))
     return name_lines(drawn, axes) if cells else None
 
 
@@ -221,7 +225,10 @@ def draw_pictures(plt, experiment, figure):
     for row, column, _ in shown(experiment, figure):
         first = experiment.final_cells(row, column)[0]
         places.append((f"{row['name']}\n{column['name']}", experiment.picture(first.name, figure["file"])))
-    places = [(title, path) for title, path in places if path.exists() or print(f"{path}: not drawn for {title}")]
+    for title, path in places:
+        if not path.exists():
+            print(f"{path}: not drawn for {one_line(title)}")
+    places = [(title, path) for title, path in places if path.exists()]
     if not places:
         return None
     pictures = [cropped(plt.imread(path), figure.get("crop", (0, 0, 1, 1))) for _, path in places]
@@ -245,12 +252,20 @@ def cropped(picture, part):
 
 def panels(plt, count, size=PANEL):
     """(figure, its axes in order), up to three beside one another."""
-    across = min(3, count)
+    across = 2 if count == 4 else min(3, count)
+    size = (1.3 * size[0], 1.3 * size[1]) if count == 1 else size
     down = -(-count // across)
     drawn, axes = plt.subplots(down, across, figsize=(size[0] * across, size[1] * down), squeeze=False)
     for axis in axes.flat[count:]:
         axis.axis("off")
     return drawn, list(axes.flat[:count])
+
+
+def dress(axis, settings):
+    """Axes.set; a logarithmic axis of counts has plain numbers."""
+    axis.set(**settings)
+    if settings.get("xscale") == "log":
+        plain_numbers(axis.xaxis)
 
 
 def name_lines(drawn, axes):
