@@ -168,7 +168,9 @@ class Runner:
         return [cell.script, *words_of(self.from_folder(cell.flags)), "--seed", str(cell.seed)]
 
     def words(self, cell, name):
-        """Of a cell's training or one of its evaluations. What a training leaves, an evaluation's words may name."""
+        """Of one of a cell's commands. What a training leaves, an evaluation's words may name."""
+        if name == "prepare":
+            return cell.prepare
         return self.training(cell) if name == "train" else self.evaluation(cell, name)
 
     def training(self, cell):
@@ -212,7 +214,7 @@ class Runner:
         have passed. Raises UserError."""
         self.cells()
         for cell in self.experiment.every():
-            for script, *words in (self.words(cell, name) for name in ("train", *cell.evaluations)):
+            for script, *words in (self.words(cell, name) for name in cell.steps):
                 try:
                     parser_of(script).parse_args(words)
                 except UserError as error:
@@ -281,7 +283,7 @@ class Runner:
             folder = self.folder_of(cell)
             self.begin_anew_if_another(cell)
             make_folder(folder)
-            for name in ("train", *cell.evaluations):
+            for name in cell.steps:
                 words = self.words(cell, name)
                 if code := self.run_step(folder, name, words, lock):
                     return self.ended_badly(cell, name, words, code)
@@ -403,7 +405,7 @@ class Runner:
     def keep(self, cell, found):
         """Write the cell's JSON, whole or not at all."""
         folder = self.folder_of(cell)
-        costs = {name: read_json(folder / f"{name}.json") for name in ("train", *cell.evaluations)}
+        costs = {name: read_json(folder / f"{name}.json") for name in cell.steps}
         costs = {name: NOTHING_YET | cost for name, cost in costs.items() if cost is not None}
         commits = dict.fromkeys(name for cost in costs.values() for name in cost["commits"])
         result = {

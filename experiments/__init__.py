@@ -11,7 +11,7 @@ A TOML file in this folder holds
     [flags]          of every training command, by main_cplearn.py's names
     [budget.NAME]    seeds, and flags of that budget; `rows` and `columns`: only these; `tune = false`: no grids;
                      `evaluate = { NAME = {...} }`: flags of an evaluation over the file's
-    [[column]]       name, flags: a data set
+    [[column]]       name, flags: a data set; `prepare`: the words of a command that makes it, and keeps it where it is
     [[row]]          name, flags: an objective; `paper`: what the paper has, by column and score, a number or
                      "0.35 ± 0.01"; and, where it has them, `seeds`, `script` (instead of main_cplearn.py), `take` (the
                      scores of an evaluation's baseline), `tune` (a grid), `like` (the row whose choice from its grid
@@ -27,8 +27,9 @@ A TOML file in this folder holds
                      `columns`: only these
 
 Later flags win: [flags], the budget's, the column's, the row's, the last two with `budget.NAME` of their own; then what
-a grid chose. `tune` is a list of [flag, values]: the flags are searched one after another, each with those before it as
-chosen and those after it as in the row's flags; so grids of equally long lists cost equally many runs.
+a grid chose. {flag} in a flag's value or in `prepare` is the value of that flag. `tune` is a list of [flag, values]: the
+flags are searched one after another, each with those before it as chosen and those after it as in the row's flags; so
+grids of equally long lists cost equally many runs.
 """
 
 import itertools
@@ -52,7 +53,7 @@ KEYS = {  # of the file and of sections whose misspelt keys would be missed in s
     "": {"title", "about", "paper", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure"}
     | {"claim"},
     "budget": {"seeds", "flags", "rows", "columns", "tune", "evaluate"},
-    "column": {"name", "flags", "budget"},
+    "column": {"name", "flags", "budget", "prepare"},
     "row": {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"},
     "tune": {"first", "flags", "seed", "evaluate", "score"},
     "log": {"keep"},
@@ -75,6 +76,12 @@ class Cell:
     evaluations: dict  # {name: flags, without those about folders}
     chosen: dict = field(default_factory=dict)  # flags that a grid chose, or that this run of a grid tries
     in_grid: bool = False
+    prepare: list = field(default_factory=list)  # words of a command that makes the images
+
+    @property
+    def steps(self):
+        """Names of its commands, in their order."""
+        return ["prepare"] * bool(self.prepare) + ["train", *self.evaluations]
 
     @property
     def name(self):
@@ -120,8 +127,9 @@ class Experiment:
         return self.overridden(merged)
 
     def overridden(self, flags):
-        """With --set over the file's; an empty value takes the flag away."""
-        return {flag: value for flag, value in (flags | self.overrides).items() if value != ""}
+        """With --set over the file's; an empty value takes the flag away, and {flag} is the value of another one."""
+        flags = {flag: value for flag, value in (flags | self.overrides).items() if value != ""}
+        return {flag: filled(value, flags) for flag, value in flags.items()}
 
     def plan(self):
         """Cells that are known by now: of the grids, and of each row whose grid has ended, seed after seed."""
@@ -190,7 +198,9 @@ class Experiment:
             for of_evaluation in evaluations.values():
                 of_evaluation["baselines"] = True
         script = row.get("script", "main_cplearn.py")
-        return Cell(self.name, self.budget, row["name"], column["name"], seed, script, flags, evaluations, chosen)
+        cell = Cell(self.name, self.budget, row["name"], column["name"], seed, script, flags, evaluations, chosen)
+        cell.prepare = [filled(word, flags) for word in column.get("prepare", [])]
+        return cell
 
     def cell_of_grid(self, row, column, point):
         tune = self.spec["tune"]
@@ -289,6 +299,11 @@ def varied(row):
         point = dict(zip(vary, values, strict=True))
         name = row["name"].format(**point) if vary else row["name"]
         yield row | {"name": name, "flags": row.get("flags", {}) | point}
+
+
+def filled(value, flags):
+    """ "runs/planted/{out_dim}" -> "runs/planted/16"."""
+    return value.format(**flags) if isinstance(value, str) else value
 
 
 def check(path, spec, budget):

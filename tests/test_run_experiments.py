@@ -432,3 +432,17 @@ def test_submitted_jobs_run_their_cells(capfd):
     assert {name: kept["status"] for name, kept in results().items()} == {CELL: "done", "Plain,One,seed1": "done"}
     assert run(TABLE, "--submit=--cluster debug", "--device", "cpu") == 0
     assert "nothing to submit" in capfd.readouterr().out
+
+
+def test_a_flag_may_name_another_one_and_images_may_be_prepared():
+    experiment = read_experiment(ROOT / "theorem1.toml", "short")
+    cell = next(cell for cell in experiment.plan() if cell.name == "K=16_beta=0.5,Planted,seed1")
+    assert cell.flags["proj_dim"] == "16" and cell.flags["data_path"] == "runs/planted/16"
+    assert (
+        cell.prepare[0] == "experiments/planted.py"
+        and cell.prepare[2] == "16"
+        and cell.prepare[-1] == "runs/planted/16"
+    )
+    assert cell.steps == ["prepare", "train", "knn", "cluster", "collapse"]
+    other = next(cell for cell in experiment.plan() if cell.name == "K=16_beta=0.5,Fashion-MNIST,seed1")
+    assert other.steps[0] == "train"
