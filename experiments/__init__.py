@@ -27,9 +27,9 @@ A TOML file in this folder holds
                      `columns`: only these
 
 Later flags win: [flags], the budget's, the column's, the row's, the last two with `budget.NAME` of their own; then what
-a grid chose. {flag} in a flag's value or in `prepare` is the value of that flag. `tune` is a list of [flag, values]: the
-flags are searched one after another, each with those before it as chosen and those after it as in the row's flags; so
-grids of equally long lists cost equally many runs.
+a grid chose. {flag} in a flag's value or in `prepare` is the value of that flag. `tune` is a list of [flag, values]:
+the flags are searched one after another, each with those before it as chosen and those after it as in the row's flags;
+so grids of equally long lists cost equally many runs.
 """
 
 import itertools

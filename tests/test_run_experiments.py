@@ -435,7 +435,7 @@ def test_submitted_jobs_run_their_cells(capfd):
 
 
 def test_a_flag_may_name_another_one_and_images_may_be_prepared():
-    experiment = read_experiment(ROOT / "theorem1.toml", "short")
+    experiment = read_experiment(EXPERIMENTS / "theorem1.toml", "short")
     cell = next(cell for cell in experiment.plan() if cell.name == "K=16_beta=0.5,Planted,seed1")
     assert cell.flags["proj_dim"] == "16" and cell.flags["data_path"] == "runs/planted/16"
     assert (
