@@ -72,18 +72,27 @@ def _untrained(arch, pretrained, kwargs):
 
 
 def _import_ours(*names):
-    """Modules of this folder, whatever else has their names: DINO's repository has a utils and a vision_transformer
-    too, and whoever loads both by torch.hub would get the first one's."""
-    ours = {path.stem: str(path) for path in _pathlib.Path(__file__).resolve().parent.glob("*.py")}
-    theirs = {
-        name: _sys.modules.pop(name)
-        for name, path in ours.items()
-        if name in _sys.modules and getattr(_sys.modules[name], "__file__", None) != path
-    }
+    """Modules and packages of this folder, whatever else has their names: DINO's repository has a utils and a
+    vision_transformer too, and whoever loads both by torch.hub would get the first one's."""
+    here = _pathlib.Path(__file__).resolve().parent
+    ours = {path.stem: str(path) for path in here.glob("*.py")}
+    ours |= {path.parent.name: str(path) for path in here.glob("*/__init__.py")}
+    taken = {name for name in ours.keys() & _sys.modules.keys() if not _is_at(_sys.modules[name], ours[name])}
+    theirs = _pop_modules(taken)
     try:
         return [_importlib.import_module(name) for name in names]
     finally:
+        _pop_modules(taken)
         _sys.modules.update(theirs)
+
+
+def _is_at(module, path):
+    return getattr(module, "__file__", None) == path
+
+
+def _pop_modules(names):
+    """Those of these names, with what packages among them hold."""
+    return {name: _sys.modules.pop(name) for name in list(_sys.modules) if name.split(".")[0] in names}
 
 
 _pretrained, _backbones = _import_ours("pretrained", "backbones")

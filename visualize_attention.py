@@ -22,12 +22,12 @@ import torch
 import augmentation
 import data
 import evaluation
-import folders
 import images
 import pretrained
 import utils
 import vision_transformer
-from decoding import known_endings
+from images.decoding import known_endings
+from images.folders import Walk
 from utils import UserError
 
 MOST_PIXELS = 480 * 640  # of an image at its own size: attention takes memory with the square of the patches
@@ -97,7 +97,7 @@ def image_folders(image_path, output_dir):
     with its ending where two images differ in nothing else."""
     if not os.path.isdir(image_path):
         return {image_path: output_dir}
-    names = [os.fsdecode(name) for name in folders.Walk(image_path).names()]
+    names = [os.fsdecode(name) for name in Walk(image_path).names()]
     if not names:
         raise UserError(f"--image_path {image_path}: no image in it; looked for {' '.join(sorted(known_endings()))}")
     stems = [os.path.splitext(name)[0] for name in names]

@@ -1,4 +1,4 @@
-"""decoding.py against PIL, numpy and what was written."""
+"""images/decoding.py against PIL, numpy and what was written."""
 
 import io
 import struct
@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import decoding
-from decoding import BadImage, load_image
+from images import BadImage, decoding, load_image
 from pictures import picture, write
 
 RGB, GRAY = picture(40, 56), picture(40, 56, 1)

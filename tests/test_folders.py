@@ -1,12 +1,10 @@
-"""folders.py: which files are images, splits and classes, and that nothing is left out without a word."""
+"""images/folders.py: which files are images, splits and classes, and that nothing is left out without a word."""
 
 import os
 
 import pytest
 
-import folders
-from decoding import BadImage
-from images import open_dataset, open_folder
+from images import BadImage, folders, open_dataset, open_folder
 from pictures import folder_args, picture, write
 from utils import UserError
 

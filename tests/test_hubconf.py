@@ -88,14 +88,18 @@ def test_only_entry_points_are_public():
 
 
 def test_modules_of_the_same_name_do_not_disturb(checkpoint, tmp_path):
-    """DINO's repository has a utils.py and a vision_transformer.py; here they hold nothing that ours have."""
-    for name in ("utils", "vision_transformer"):
+    """DINO's repository has a utils.py and a vision_transformer.py; here they hold nothing that ours have. Nor does a
+    package images, with a folders of its own."""
+    (tmp_path / "images").mkdir()
+    for name in ("utils", "vision_transformer", "images/__init__", "images/folders"):
         (tmp_path / f"{name}.py").write_text("theirs = True\n")
     program = (
-        "import sys, torch, utils, vision_transformer\n"
+        "import sys, torch, utils, vision_transformer, images.folders\n"
         f"for _ in range(2): model = torch.hub.load({HERE!r}, 'cplearn', source='local', checkpoint={checkpoint!r})\n"
         f"torch.hub.load({HERE!r}, 'vit_tiny', source='local')\n"
         "assert sys.modules['utils'] is utils and sys.modules['vision_transformer'].theirs\n"
+        "assert sys.modules['images'] is images and sys.modules['images.folders'].theirs\n"
+        "assert sys.modules['pretrained'].images.DATASETS and 'images.decoding' not in sys.modules\n"
         "print(model.embed_dim)\n"
     )
     (tmp_path / "program.py").write_text(program)

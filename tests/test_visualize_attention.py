@@ -257,7 +257,11 @@ def test_one_process_of_several_draws(run, tmp_path, monkeypatch):
         ("photos", ["--output_dir", "{folder}/photos/out"], "photos/out: its pictures would mix with --image_path"),
         ("photos", ["--output_dir", "{folder}/photos"], "would mix with"),
         ("img.png", ["--output_dir", "{folder}"], "would mix with"),  # and overwrite it
-        ("photos/a.png", ["--checkpoint", "{folder}/resnet8.pth"], "resnet8 shows no attention; expected one of vit_t"),
+        (
+            "photos/a.png",
+            ["--checkpoint", "{folder}/resnet8.pth"],
+            "resnet8 shows no attention; expected one of vit_mini",
+        ),
     ],
 )
 def test_command_stops_with_one_line(run, image, more, message, capsys):

@@ -26,8 +26,8 @@ from PIL import Image
 import data
 import main_cplearn
 import visualize_attention
-from decoding import known_formats
 from images import BadImage, load_image, open_dataset
+from images.decoding import known_formats
 from monitor import drop_lines_after, read_log
 from pictures import folder_args, picture
 from utils import UserError

@@ -22,8 +22,8 @@ import torchvision
 
 import utils
 from augmentation import match_channels
-from decoding import BadImage, first_line, load_image, used_range
-from folders import enumeration, find_images, read_text
+from images.decoding import BadImage, first_line, load_image, used_range
+from images.folders import enumeration, find_images, read_text
 from utils import UserError
 
 __all__ = ["BadImage", "first_line", "load_image"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from decoding import known_endings, known_formats
+from images.decoding import known_endings, known_formats
 from utils import UserError, one_line
 
 
