@@ -189,6 +189,80 @@ def tanh_and_l2(results):
     )
 
 
+# ---- the projector's layers ------------------------------------------------------------------------------------------
+
+
+@claim("layers", "Linear and batch norm layers in the projector keep mean and variance of the features (Fig. 7).")
+def layers_of_projector(results):
+    experiment, lines, kept = read_experiment(ROOT / "bare_head.toml", "short", results=results), [], []
+    for column in experiment.columns():
+        for kind in ("tanh", "l2"):
+            line = {"": f"{column['name']}, {kind}"}
+            growth = []
+            for name in ("linear and batch norm", "bare"):
+                sizes = values(experiment, f"{kind}, {name}", column, "collapse.feature_std")
+                means = values(experiment, f"{kind}, {name}", column, "collapse.feature_mean")
+                if sizes:
+                    growth.append(statistics.fmean(math.hypot(*pair) for pair in zip(means, sizes, strict=True)))
+                line |= {
+                    f"deviation, {name}": mean_and_spread(sizes, ".3g"),
+                    f"mean, {name}": mean_and_spread(means, ".3g"),
+                }
+            lines.append(line)
+            kept += [growth[0] < growth[1]] if len(growth) == 2 else []
+    if len(kept) < len(lines):
+        return NOT_SEEN, as_table(lines)
+    verdict = CONFIRMED if all(kept) else REFUTED if not any(kept) else NOT_SEEN
+    text = f"Features with the layers are smaller (root of mean^2 + variance) in {sum(kept)} of {len(kept)} pairs."
+    return verdict, f"{text}\n\n{as_table(lines)}"
+
+
+# ---- Theorem 1 -------------------------------------------------------------------------------------------------------
+
+REACHED = 0.05  # nats between I and log K; fixed before the runs
+
+
+@claim("theorem1", "The certificate gets small with all codes in use (Theorem 1, K = F, Hadamard codes), and such "
+       "features are better.")  # fmt: skip
+def theorem1(results):
+    experiment, lines, reached, pairs = read_experiment(ROOT / "theorem1.toml", "short", results=results), [], {}, []
+    for column in experiment.columns():
+        for row in experiment.rows():
+            found = [r for r in experiment.finals(row, column) if done(r)]
+            if not found:
+                continue
+            k = row["flags"]["out_dim"]
+            short = [math.log(k) - score_of(r, "collapse.information") for r in found]
+            used = [score_of(r, "collapse.codes_used") for r in found]
+            good = sum(by < REACHED and codes == k for by, codes in zip(short, used, strict=True))
+            reached.setdefault(column["name"], {}).setdefault(k, []).append(good > len(found) / 2)
+            if column["name"] != "Planted":
+                pairs += [(-score_of(r, "collapse.gap_share"), score_of(r, "knn.top1")) for r in found]
+            scores = {"gap": ".3f", "gap_share": ".2f", "alignment": ".3f", "off_diagonal_mass": ".3f"}
+            line = {"": f"{column['name']}, {row['name']}", "log K - I (nats)": mean_and_spread(short, ".3f")}
+            line["codes in use"] = mean_and_spread(used, ".1f")
+            for name, form in scores.items():
+                sample = [score_of(r, f"collapse.{name}") for r in found]
+                line[name.replace("_", " ")] = mean_and_spread(sample, form)
+            lines.append(line | {"20-NN": mean_and_spread([score_of(r, "knn.top1") for r in found], ".1f")})
+    if not lines:
+        return NOT_SEEN, "Not run yet."
+    told = [
+        f"{column}: log K - I below {REACHED} nats with all K codes in use for K = "
+        f"{', '.join(str(k) for k, betas in sizes.items() if any(betas)) or 'none'} of {', '.join(map(str, sizes))}"
+        for column, sizes in reached.items()
+    ]
+    ranked = rank_correlation(pairs)
+    if ranked is not None:
+        told.append(f"on real images 20-NN and a small gap / trivial are ranked alike by {ranked:.2f} (Spearman, "
+                    f"{len(pairs)} runs)")  # fmt: skip
+    real = [any(betas) for column, sizes in reached.items() if column != "Planted" for betas in sizes.values()]
+    verdict = (
+        CONFIRMED if real and all(real) and (ranked or 0) > 0.8 else REFUTED if real and not any(real) else NOT_SEEN
+    )
+    return verdict, f"{'; '.join(told)}.\n\n{as_table(lines)}"
+
+
 # ---- choosing without labels -----------------------------------------------------------------------------------------
 
 WITHOUT_LABELS = {  # score, and the sign in which more of it should be better
