@@ -86,6 +86,7 @@ OWN_COLUMNS = {
     "dino": {"epochs": ("epochs", "d"), "best_test_top1": ("best epoch on the test images, top-1 %", ".2f")},
 }
 KEPT = "checkpoint.pth.tar"  # DINO's name: its script goes on from ours, and ours from its
+LOG = "log_linear.txt"  # where DINO has log.txt, which beside a checkpoint of ours is the training run's
 
 
 def get_args_parser():
@@ -371,7 +372,7 @@ class HeadRun:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_checkpoint(self.state_dict(), self.folder / KEPT)
-            (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
+            (self.folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in self.log))
 
     def state_dict(self):
         """What DINO's script keeps, under its names, and what it does not look at: log and settings."""

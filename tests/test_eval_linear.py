@@ -248,16 +248,18 @@ def test_training_is_sgd_with_a_cosine_written_out(folder, tmp_path):
     kept = checkpoint.load_checkpoint(tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(kept["state_dict"]["module.linear.weight"].double(), weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(kept["state_dict"]["module.linear.bias"].double(), bias, rtol=1e-4, atol=1e-6)
-    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "log_linear.txt").read_text().splitlines()]
     assert [line["train_loss"] for line in log] == pytest.approx(losses, rel=1e-5)
     expected = [0.5 * 20 / 256 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
     assert [line["train_lr"] for line in log] == pytest.approx(expected, rel=1e-6)
     assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    assert not (tmp_path / "log.txt").exists()  # it would be that of the run whose folder it is
 
 
 def test_the_score_is_the_last_epochs(folder, tmp_path):
     eval_linear.main(dino(folder, tmp_path, "--epochs", 7, "--val_freq", 3, "--lr", 8))
-    (row,), log = results(tmp_path), [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    (row,) = results(tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log_linear.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log if "test_acc1" in line] == [0, 3, 6]
     val, labels = pixels(folder, "val")
     state = checkpoint.load_checkpoint(tmp_path / "checkpoint.pth.tar")["state_dict"]
@@ -289,7 +291,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, monkeypatch, cap
     assert calls == [0, 1, 1, 2, 2, 3, 4]
     whole, parts = (checkpoint.load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts"))
     assert repr(flattened(whole)) == repr(flattened(parts))
-    assert (tmp_path / "whole" / "log.txt").read_text() == (tmp_path / "parts" / "log.txt").read_text()
+    assert (tmp_path / "whole" / "log_linear.txt").read_text() == (tmp_path / "parts" / "log_linear.txt").read_text()
     assert results(tmp_path / "whole") == results(tmp_path / "parts")
     capsys.readouterr()
     eval_linear.main(dino(folder, tmp_path / "parts", "--epochs", 5))  # nothing is left to train
@@ -321,7 +323,7 @@ def test_dinos_script_opens_the_checkpoint_and_ours_opens_dinos(folder, tmp_path
     (tmp_path / "dino").mkdir()
     torch.save(kept | {"scheduler": scheduler.state_dict(), "best_acc": 7.0}, tmp_path / "dino/checkpoint.pth.tar")
     eval_linear.main(dino(folder, tmp_path / "dino", "--epochs", 2))
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "dino/log.txt").read_text().splitlines()] == [1]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "dino/log_linear.txt").read_text().splitlines()] == [1]
 
 
 @torch.no_grad()
