@@ -12,11 +12,15 @@ from evaluation import markdown_table
 from utils import ArgumentParser, UserError, command_line
 
 
-@command_line
-def main(argv=None):
+def get_args_parser():
     parser = ArgumentParser("python -m evaluation.summary", "One table of the evaluations in a folder.")
     parser.add_argument("folder", metavar="FOLDER", help="an --output_dir of evaluations")
-    print(summary(parser.parse_args(argv).folder))
+    return parser
+
+
+@command_line
+def main(argv=None):
+    print(summary(get_args_parser().parse_args(argv).folder))
 
 
 def summary(folder):
