@@ -1,19 +1,25 @@
 """run_experiments.py: which cells there are, what a cell leaves, and that what happens to a run costs no more than it
 must. The commands of most tests are experiment_stub.py's."""
 
+import contextlib
 import json
 import multiprocessing as mp
 import os
+import random
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import images
 import run_experiments
 from experiments import ROOT as EXPERIMENTS
 from experiments import Experiment, best_of, read_experiment, score_of, slug, tomllib, words_of
@@ -446,3 +452,70 @@ def test_a_flag_may_name_another_one_and_images_may_be_prepared():
     assert cell.steps == ["prepare", "train", "knn", "cluster", "collapse"]
     other = next(cell for cell in experiment.plan() if cell.name == "K=16_beta=0.5,Fashion-MNIST,seed1")
     assert other.steps[0] == "train"
+
+
+# ---- the experiments themselves --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_sets(tmp_path_factory):
+    """--data for images of noise on ten colours, in place of the small data sets."""
+    root = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for label in range(10):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label * np.array([1, label % 2, label % 3 / 2])
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return ["--data", *(f"{name}={root}" for name in sorted(set(images.DATASETS) - {"imagefolder"}))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_experiment_ends_well_although_killed_and_a_cells_commands_give_its_numbers_again(file, small_sets):
+    """`--budget smoke`, killed with all that it has started. A cell is then made again by hand, from its JSON alone."""
+    rng = random.Random(file.stem)
+    words = [file, "--budget", "smoke", "--jobs", 2, "--device", "cpu", *small_sets]
+    words = list(map(str, [*words, "--output_dir", "runs", "--results_dir", "results"]))
+    command = [sys.executable, str(ROOT / "run_experiments.py"), *words]
+    with open("said.txt", "w") as said:
+        first = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(rng.uniform(10, 40))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        code = subprocess.run(command, stdout=said, stderr=said, timeout=1200).returncode
+    assert code == 0, Path("said.txt").read_text()
+    table = read_experiment(file, "smoke", results="results")
+    kept = {cell.name: table.read(cell) for cell in table.plan()}
+    assert {name: result["status"] for name, result in kept.items()} == dict.fromkeys(kept, "done")
+    assert len(list(table.results.rglob("*.json"))) == len(kept) > 0
+    name = rng.choice(sorted(kept))
+    assert_made_again(kept[name], Path("runs", file.stem, "smoke", name))
+
+
+def assert_made_again(kept, folder):
+    anew = Path("anew")
+    for line in (kept["train"], *kept["evaluations"].values()):
+        words = shlex.split(line.replace(str(folder), str(anew)))
+        assert words[0] == "python"
+        environment = os.environ | {"OMP_NUM_THREADS": str(kept["threads"]), "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True, env=environment)
+    log = [json.loads(line) for line in (anew / "log.txt").read_text().splitlines()]
+    last = [line for line in log if line["kind"] == "step"][-1]
+    assert without_times(last) == without_times(kept["log"]) and "train_loss" in last
+    for name, rows in kept["scores"].items():
+        again = json.loads((anew / f"results_{name}.json").read_text())["rows"]
+        again = [row for row in again if Path(row["checkpoint"]).name == "checkpoint.pth"]
+        ours = [row for row in rows if row["checkpoint"] == "trained"]
+        assert ours and [without_times(row, row_of) for row, row_of in zip(again, ours, strict=True)] == ours
+
+
+def without_times(numbers, like=None):
+    """What two runs share: no times, memory or names of files; of a row, the keys that `like` has."""
+    if like is None:
+        return {key: value for key, value in numbers.items() if not re.search("time|wait|per_s|memory", key)}
+    return {key: like[key] if key == "checkpoint" else numbers.get(key) for key in like}

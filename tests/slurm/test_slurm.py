@@ -268,3 +268,35 @@ def evaluation_flags(told, pictures, output_dir):
     checkpoint = told[nothing].result().folder / "checkpoint.pth"
     words = ["--checkpoint", checkpoint, "--data_path", pictures, "--nb_knn", 10, "--device", "cpu"]
     return [*map(str, words), "--output_dir", str(output_dir)]
+
+
+def test_an_experiments_cells_are_jobs_that_come_back(slurm, pictures, tmp_path):
+    """Two cells; the signal of a time limit reaches the first one's training through run_experiments.py."""
+    root = Path(run_with_submitit.__file__).parent
+    flags_of_run = dict(zip(("data_path", "epochs", "save_every_minutes"), (str(pictures), 60, 10), strict=True))
+    flags_of_run |= {"dataset": "imagefolder", "img_size": 32, "arch": "resnet8", "width": 16, "out_dim": 64}
+    flags_of_run |= {"batch_size_per_gpu": 8, "log_every": 5, "num_workers": 0, "saveckp_freq": 0}
+    lines = ["[flags]", *(f"{flag} = {json.dumps(value)}" for flag, value in flags_of_run.items())]
+    lines += ["[budget.few]", "seeds = [0, 1]", "[[column]]", 'name = "C"', "[[row]]", 'name = "R"']
+    (tmp_path / "table.toml").write_text("\n".join([*lines, "[evaluate.knn]", "nb_knn = [10]"]))
+    words = ["table.toml", "--budget", "few", "--device", "cpu", "--output_dir", "runs", "--results_dir", "results"]
+    words += ["--submit", "--signal_delay_s 30"]
+    said = subprocess.run(
+        [sys.executable, root / "run_experiments.py", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    array = re.search(r"scancel (\d+)", said.stdout).group(1)
+    printed, deadline = tmp_path / "runs/table/few/R,C,seed0/train.txt", time.monotonic() + TIMEOUT
+    while not printed.exists() or "step 5/" not in printed.read_text():
+        assert time.monotonic() < deadline, said.stdout
+        time.sleep(0.1)
+    command("scancel", "--signal=USR2", f"{array}_0")
+    while command("squeue", "-h", "-j", array):
+        assert time.monotonic() < deadline, f"the array has not ended:\n{said.stdout}"
+        time.sleep(0.2)
+    decisions = [(tmp_path / "runs" / "slurm" / f"{array}_{i}_requeues.txt").read_text() for i in (0, 1)]
+    kept = [json.loads((tmp_path / f"results/table/few/R,C,seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert "requeued, saved on SIGUSR2" in decisions[0] and "resuming at step" in printed.read_text(), decisions
+    assert all("exit code 0: done" in text for text in decisions), decisions
+    assert [cell["status"] for cell in kept] == ["done", "done"]
+    assert [cell["starts"]["train"] for cell in kept] == [2, 1] and kept[0]["uncounted_starts"] == {}
