@@ -192,8 +192,10 @@ class Runner:
         if flags.get("dataset") not in self.folders:
             return flags
         own = images.DATASETS[flags["dataset"]]
+        sizes = {"img_size": own["img_size"], "mean": list(own["mean"]), "std": list(own["std"])}
+        sizes |= {} if len(own["mean"]) == 3 else {"in_chans": len(own["mean"])}  # a folder's own are 3
         folder = {"dataset": "imagefolder", "data_path": self.folders[flags["dataset"]]}
-        return {"img_size": own["img_size"], "mean": list(own["mean"]), "std": list(own["std"])} | flags | folder
+        return sizes | flags | folder
 
     def device(self):
         return [] if self.args.device is None else ["--device", self.args.device]
@@ -425,7 +427,6 @@ class Runner:
             "starts": {name: cost["starts"] for name, cost in costs.items()},
             # of these, killed together with this program: their times are missing above
             "uncounted_starts": {name: n for name, cost in costs.items() if (n := cost["uncounted_starts"])},
-            "threads": int(os.environ.get("OMP_NUM_THREADS", self.threads())),
         } | found
         path = self.experiment.path(cell)
         make_folder(path.parent, "--results_dir")

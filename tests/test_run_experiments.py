@@ -96,7 +96,7 @@ class Start:
 
     def __init__(self, text, *words):
         self.said = Path(f"said_{time.monotonic_ns()}.txt")
-        self.process = mp.get_context("fork").Process(target=self._run, args=(words_for(text, *words),))
+        self.process = mp.get_context("fork").Process(target=self._run, args=(words_for(text, *words),), daemon=True)
         self.process.start()
 
     def _run(self, words):
@@ -271,7 +271,9 @@ def test_each_cell_leaves_one_json_and_is_passed_over_from_then_on(capfd):
     assert kept["scores"] == {"knn": [{"checkpoint": "trained", "top1": 39.0}]}
     assert kept["log"] == {"kind": "step", "step": 2, "loss": 0.05} and kept["versions"] == {"stub": "1"}
     assert kept["sizes"]["state_dict_mib"] == 1.0
-    assert kept["starts"] == {"train": 1, "knn": 1} and kept["uncounted_starts"] == {} and kept["threads"] == 1
+    assert (
+        kept["starts"] == {"train": 1, "knn": 1} and kept["uncounted_starts"] == {} and kept["OMP_NUM_THREADS"] == "1"
+    )
     assert 0 <= kept["cpu_s"]["train"] <= 5 and kept["commit"] == run_experiments.commit()
     text = json.dumps(results())
     assert not [path for path in (sys.executable, str(ROOT), os.getcwd(), os.environ["HOME"] + "/") if path in text]
@@ -459,7 +461,7 @@ def test_a_flag_may_name_another_one_and_images_may_be_prepared():
 
 @pytest.fixture(scope="module")
 def small_sets(tmp_path_factory):
-    """--data for images of noise on ten colours, in place of the small data sets."""
+    """A folder of noise on ten colours, in place of the small data sets."""
     root = tmp_path_factory.mktemp("small")
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):
@@ -469,7 +471,7 @@ def small_sets(tmp_path_factory):
             for i in range(count):
                 pixels = rng.integers(0, 100, (32, 32, 3)) + 15 * label * np.array([1, label % 2, label % 3 / 2])
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
-    return ["--data", *(f"{name}={root}" for name in sorted(set(images.DATASETS) - {"imagefolder"}))]
+    return root
 
 
 @pytest.mark.slow
@@ -477,8 +479,16 @@ def small_sets(tmp_path_factory):
 def test_every_experiment_ends_well_although_killed_and_a_cells_commands_give_its_numbers_again(file, small_sets):
     """`--budget smoke`, killed with all that it has started. A cell is then made again by hand, from its JSON alone."""
     rng = random.Random(file.stem)
-    words = [file, "--budget", "smoke", "--jobs", 2, "--device", "cpu", *small_sets]
-    words = list(map(str, [*words, "--output_dir", "runs", "--results_dir", "results"]))
+    words = [file, "--budget", "smoke", "--jobs", 2, "--device", "cpu", "--output_dir", "runs"]
+    words += ["--results_dir", "results", "--data"]
+    words += [f"{name}={small_sets}" for name in sorted(set(images.DATASETS) - {"imagefolder"})]
+    overrides = {}
+    if any(
+        cell.flags.get("dataset") == "imagefolder" for cell in read_experiment(file, "smoke", results="none").plan()
+    ):
+        overrides = {"data_path": str(small_sets)}
+        words += ["--set", f"data_path={small_sets}"]
+    words = list(map(str, words))
     command = [sys.executable, str(ROOT / "run_experiments.py"), *words]
     with open("said.txt", "w") as said:
         first = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
@@ -489,29 +499,29 @@ def test_every_experiment_ends_well_although_killed_and_a_cells_commands_give_it
         first.wait()
         code = subprocess.run(command, stdout=said, stderr=said, timeout=1200).returncode
     assert code == 0, Path("said.txt").read_text()
-    table = read_experiment(file, "smoke", results="results")
+    table = read_experiment(file, "smoke", overrides, results="results")
     kept = {cell.name: table.read(cell) for cell in table.plan()}
     assert {name: result["status"] for name, result in kept.items()} == dict.fromkeys(kept, "done")
     assert len(list(table.results.rglob("*.json"))) == len(kept) > 0
     name = rng.choice(sorted(kept))
-    assert_made_again(kept[name], Path("runs", file.stem, "smoke", name))
+    assert_made_again(kept[name], Path("runs", file.stem, "smoke", name), rng)
 
 
-def assert_made_again(kept, folder):
-    anew = Path("anew")
-    for line in (kept["train"], *kept["evaluations"].values()):
+def assert_made_again(kept, folder, rng):
+    """The training, and one of its evaluations."""
+    anew, evaluation = Path("anew"), rng.choice(sorted(kept["evaluations"]))
+    for line in (kept["train"], kept["evaluations"][evaluation]):
         words = shlex.split(line.replace(str(folder), str(anew)))
         assert words[0] == "python"
-        environment = os.environ | {"OMP_NUM_THREADS": str(kept["threads"]), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"OMP_NUM_THREADS": kept["OMP_NUM_THREADS"], "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:]], check=True, env=environment)
     log = [json.loads(line) for line in (anew / "log.txt").read_text().splitlines()]
     last = [line for line in log if line["kind"] == "step"][-1]
     assert without_times(last) == without_times(kept["log"]) and "train_loss" in last
-    for name, rows in kept["scores"].items():
-        again = json.loads((anew / f"results_{name}.json").read_text())["rows"]
-        again = [row for row in again if Path(row["checkpoint"]).name == "checkpoint.pth"]
-        ours = [row for row in rows if row["checkpoint"] == "trained"]
-        assert ours and [without_times(row, row_of) for row, row_of in zip(again, ours, strict=True)] == ours
+    again = json.loads((anew / f"results_{evaluation}.json").read_text())["rows"]
+    again = [row for row in again if Path(row["checkpoint"]).name == "checkpoint.pth"]
+    ours = [row for row in kept["scores"][evaluation] if row["checkpoint"] == "trained"]
+    assert ours and [without_times(row, row_of) for row, row_of in zip(again, ours, strict=True)] == ours
 
 
 def without_times(numbers, like=None):
