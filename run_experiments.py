@@ -305,6 +305,8 @@ class Runner:
 
     def ended_badly(self, cell, name, words, code):
         where = self.folder_of(cell) / f"{name}.txt"
+        if code == 128 + signal.SIGINT:  # a Ctrl-C is for all, and has reached the command first
+            self.ended_by = self.ended_by or signal.SIGINT
         if code not in OWN_ERRORS or self.ended_by is not None:
             return False, f"{name} ended by exit code {code} ({where}); the same command goes on"
         error = last_line(where)

@@ -25,7 +25,7 @@ def requirements(*names):
 
 def pins(name):
     """{package: version}; each line pins one."""
-    assert all(re.fullmatch(r'[\w.-]+==[\w.]+(; python_version >= "3\.\d+")?', line) for line in lines_of(name))
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+(; python_version (>=|<) "3\.\d+")?', line) for line in lines_of(name))
     return {package: next(iter(r.specifier)).version for package, r in requirements(name).items()}
 
 
