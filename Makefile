@@ -17,7 +17,7 @@ APT := apt-get -y -qq -o Dpkg::Use-Pty=0 --no-install-recommends install
 
 # about five minutes on two cores; experiments/demo.toml has the same from three seeds
 DEMO_FLAGS := --dataset fashion_mnist --augmentation dino --global_crops_scale 0.7 1 --arch resnet10t --out_dim 1024 \
-	--beta 0.5 --batch_size_per_gpu 128 --lr 1.2e-2 --warmup_epochs 0.2 --max_steps 1400
+	--beta 0.5 --batch_size_per_gpu 128 --lr 6e-3 --warmup_epochs 0.2 --max_steps 1400
 
 # what is evaluated, how, and where features are kept for the next evaluation
 EVAL_FLAGS := --checkpoint $(DEMO)/checkpoint.pth --precision auto --features_dir $(DEMO)/features --output_dir $(DEMO)

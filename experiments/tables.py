@@ -1,6 +1,6 @@
-"""What the cells of an experiment come to: tables, claims and correlations, written into docs/results.md.
+"""What the cells of an experiment come to: tables, claims and correlations, written into docs/results.md and README.md.
 
-    python -m experiments.tables                       # every block of docs/results.md anew, from experiments/results
+    python -m experiments.tables                       # every block of both pages anew, from experiments/results
     python -m experiments.tables --page mine.md --results_dir my_results
     python -m experiments.tables experiments/comparison.toml --budget smoke        # that table, to the terminal
 
@@ -20,7 +20,7 @@ from evaluation import markdown_table
 from experiments import RESULTS, ROOT, read_experiment, score_of
 from utils import ArgumentParser, UserError, command_line
 
-PAGE = ROOT.parent / "docs" / "results.md"
+PAGES = [ROOT.parent / "docs" / "results.md", ROOT.parent / "README.md"]
 BLOCK = re.compile(r"(<!-- (?!end)([^\n]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -29,7 +29,7 @@ def get_args_parser():
     add = parser.add_argument
     add("experiment", nargs="?", default=None, metavar="FILE", help="print this experiment's tables; change no page")
     add("--budget", default="short", help="of that experiment")
-    add("--page", default=str(PAGE), help="the page whose blocks are written (default: docs/results.md)")
+    add("--page", nargs="+", default=PAGES, help="whose blocks are written (default: docs/results.md and README.md)")
     add("--results_dir", default=str(RESULTS), help="default: experiments/results")
     return parser
 
@@ -38,9 +38,10 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if args.experiment is None:
-        text = Path(args.page).read_text()
-        Path(args.page).write_text(refreshed(text, args.results_dir))
-        print(f"{args.page}: {len(BLOCK.findall(text))} blocks")
+        for page in map(Path, args.page):
+            text = page.read_text()
+            page.write_text(refreshed(text, args.results_dir))
+            print(f"{page.name}: {len(BLOCK.findall(text))} blocks")
         return
     experiment = read_experiment(args.experiment, args.budget, results=args.results_dir)
     print("\n\n".join(table(experiment, column) for column in experiment.columns()))
@@ -110,6 +111,8 @@ def cell_text(found, score, row, num_seeds):
 
 
 def value_of(result, score, row):
+    if "take" in row and score["from"].startswith("cpu_s"):
+        return None  # a baseline costs no training
     value = score_of(result, score["from"], row.get("take", "trained"))
     return value if value is None or isinstance(value, str) else value * score.get("times", 1)
 

@@ -12,13 +12,14 @@ import main_cplearn
 from experiments import RESULTS, ROOT, Experiment, claims, read_experiment, tables, words_of
 from utils import UserError
 
-PAGE = ROOT.parent / "docs" / "results.md"
+PAGE = tables.PAGES[0]
 
 
-def test_the_page_is_what_the_results_come_to():
-    text = PAGE.read_text()
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_page_is_what_the_results_come_to(page):
+    text = page.read_text()
     assert tables.refreshed(text) == text, "python -m experiments.tables writes it anew"
-    assert len(tables.BLOCK.findall(text)) == text.count("<!-- end -->") > 5
+    assert len(tables.BLOCK.findall(text)) == text.count("<!-- end -->") > 0
 
 
 def test_outside_of_blocks_the_page_has_no_result():

@@ -101,6 +101,7 @@ class Start:
 
     def _run(self, words):
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests are run under nohup
         output = os.open(self.said, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
