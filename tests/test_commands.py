@@ -102,15 +102,15 @@ def test_every_file_that_a_page_names_is_there():
 
 # what a page's words stand for here; each is looked for in the pages, so that none is left over
 STANDS_FOR = {
-    "/data/imagenet": "{here}/images",
-    "~/pictures": "{here}/images/train",
+    "/data/imagenet": "{here}/imagenet",
+    "~/pictures": "{here}/imagenet/train",
     "/shared/runs/": "{here}/runs/",
     "/runs/": "{here}/runs/",
     "--nproc_per_node=8": "--nproc_per_node=2",
     "benchmarks/": "{here}/",  # where results are kept: not over those of this checkout
 }
 FEW = ["--device", "cpu", "--num_workers", "0", "--batch_size_per_gpu", "2", "--max_steps", "2", "--img_size", "64"]
-SMALL = ["--device", "cpu", "--num_workers", "0", "--data_path", "{here}/images", "--img_size", "32"]
+SMALL = ["--device", "cpu", "--num_workers", "0", "--data_path", "{here}/imagenet", "--img_size", "32"]
 MORE = {  # what is added to a command, so that it takes seconds
     "main_cplearn.py": FEW,
     "run_with_submitit.py": ["--dry_run"],
@@ -166,7 +166,7 @@ def here(pictures, tmp_path):
     for path in ROOT.iterdir():
         if path.name not in ("runs", "results", "features", ".git", ".venv"):
             (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "images").symlink_to(pictures)
+    (tmp_path / "imagenet").symlink_to(pictures)
     (tmp_path / "photos").symlink_to(next(iter((pictures / "val").iterdir())))
     return tmp_path
 
