@@ -93,17 +93,17 @@ DINO_ONLY = {
 }
 
 
-def get_args_parser():
+def get_args_parser(objectives=OBJECTIVES):
     parser = ArgumentParser(
         "main_cplearn.py",
         "Pretrain a backbone without labels by CPLearn, or by one of the systems it is compared with.",
         DINO_ONLY,
-        resolve=lambda args: resolve_objective(args, OBJECTIVES),
+        resolve=lambda args: resolve_objective(args, objectives),
     )
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
-    add_objective_arguments(parser, OBJECTIVES)
+    add_objective_arguments(parser, objectives)
     add_optimization_arguments(parser)
     add_run_arguments(parser)
     return parser

@@ -10,7 +10,7 @@ one seed. Each command is one of this repository's own. What is kept of a cell i
 commands, commit, seed, versions, times, the log's last line, all scores. The same command again passes over the cells
 that are done and goes on where it was, within a training too, from its last checkpoint. The same command at the same
 time, here or on another machine, shares the work. A cell that failed is kept as failed, and shown as such; --again runs
-it anew. Tables and figures are made from these files: python -m experiments.tables.
+it anew. Tables, figures and pages are made from these files: python -m experiments.tables, .figures, .pages.
 
 Exit codes: 0 all cells are done, 1 some have failed, 2 something typed is wrong, 75 some were ended from outside and
 are open, 128 + a signal's number: stopped by it, trainings have saved.
@@ -127,17 +127,28 @@ class Runner:
         return [cell for cell in self.cells() if self.state(cell) == "open"]
 
     def state(self, cell):
-        """done, failed, or open: to be run."""
+        """done, failed, or open: to be run, also where the file has got another evaluation since."""
         result = self.experiment.read(cell)
-        if result is None:
+        if result is None or (result["status"] == "done" and set(cell.evaluations) - set(result["evaluations"])):
             return "open"
-        asked = self.shown(self.asked(cell))
-        if result["status"] == "done" and not result["train"].startswith(f"{asked} "):
-            raise UserError(
-                f"{self.experiment.path(cell)}: made by `{result['train']}`, while `{asked}...` is asked for now; "
-                f"--results_dir FOLDER keeps yours apart, --again {shlex.quote(cell.name)} makes this one anew"
-            )
+        if result["status"] == "done":
+            for name in ("train", *cell.evaluations):
+                made = result["train"] if name == "train" else result["evaluations"][name]
+                asked = self.shown(self.words(cell, name))
+                if self.but_places(made, cell) != self.but_places(asked, cell):
+                    raise UserError(
+                        f"{self.experiment.path(cell)}: made by `{made}`, while `{asked}` is asked for now; "
+                        f"--results_dir FOLDER keeps yours apart, --again {shlex.quote(cell.name)} makes this one anew"
+                    )
         return result["status"]
+
+    def but_places(self, command, cell):
+        """A command's words without those of where it ran and wrote: the folder, the launcher, --device."""
+        place = f"{cell.experiment}/{cell.budget}/{cell.name}"
+        words = [word for word in shlex.split(command) if place not in word]
+        at = words.index(next(word for word in words if word.endswith(".py")))
+        words = words[at : words.index("--device")] if "--device" in words else words[at:]
+        return [word for word in words if word not in ("--checkpoint", "--features_dir", "--output_dir")]
 
     def forget(self, names):
         """--again: what was kept of these cells goes, and their runs, but for a training whose evaluation failed."""

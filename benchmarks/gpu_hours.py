@@ -66,9 +66,7 @@ def hours_of(experiment, row, column, gpus):
     steps_per_epoch = IMAGES[flags["dataset"]] // (flags["batch_size_per_gpu"] * gpus)
     steps = min(flags.get("epochs", 100) * steps_per_epoch, flags.get("max_steps", float("inf")))
     seeds = len(experiment.seeds(row))
-    settled = {
-        name: value for name, value in flags.items() if name not in ("epochs", "max_steps", "seed", "class_list")
-    }
+    settled = {name: value for name, value in flags.items() if name not in UNCOUNTED}
     operations, parameters = count_step(tuple(words_of(settled)))
     moved = 2 * (gpus - 1) / gpus * 4 * parameters / NETWORK[1]
     seconds = [least_seconds(operations, A100) / share + moved for share in reversed(REACHED)]

@@ -24,16 +24,23 @@ def main(argv=None):
 
 
 def summary(folder):
-    """Markdown: a line per model, a column per score. Raises UserError where there are no results."""
+    """Markdown: a line per model, a column per score. Raises UserError where there are no results, or damaged ones."""
     lines, columns = {}, {"checkpoint": ("features", "")}
     for path in sorted(Path(folder).glob("results_*.json"), key=lambda path: ORDER.get(path.stem, len(ORDER))):
-        for row in json.loads(path.read_text())["rows"]:
+        for row in rows_of(path):
             for title, value, form in scores_of(path.stem, row):
                 lines.setdefault(row["checkpoint"], {"checkpoint": row["checkpoint"]})[title] = value
                 columns[title] = (title, form)
     if not lines:
         raise UserError(f"{folder}: no results_*.json; expected the --output_dir of evaluations")
     return markdown_table(list(lines.values()), columns)
+
+
+def rows_of(path):
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); run that evaluation again") from None
 
 
 def scores_of(name, row):

@@ -22,7 +22,8 @@ A TOML file in this folder holds
     [evaluate.NAME]  flags of an evaluation, `script` (by default eval_NAME.py), `keep`: what else of its JSON is kept,
                      `checkpoints = "all"`: also of the epochs that --saveckp_freq keeps
     [log]            `keep`: numbers of log.txt that are kept line by line
-    [[score]]        name, `from` (NAME.KEY, or NAME[METHOD].KEY of one of several lines), `format`
+    [[score]]        name, `from` (NAME.KEY, or NAME[METHOD].KEY of one of several lines), `format`; `chance`: where its
+                     level by chance is; `times`: what it is multiplied by
     [[figure]]       name, kind, what it shows: experiments/figures.py; `rows` (patterns such as "CPLearn*") and
                      `columns`: only these
 
@@ -50,15 +51,16 @@ else:
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 KEYS = {  # of the file and of sections whose misspelt keys would be missed in silence
-    "": {"title", "about", "paper", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure"}
-    | {"claim"},
+    "": {"title", "about", "paper", "flags", "budget", "column", "row", "tune", "evaluate", "log", "score", "figure"},
     "budget": {"seeds", "flags", "rows", "columns", "tune", "evaluate"},
     "column": {"name", "flags", "budget", "prepare"},
     "row": {"name", "vary", "flags", "paper", "seeds", "script", "take", "tune", "like", "budget"},
     "tune": {"first", "flags", "seed", "evaluate", "score"},
     "log": {"keep"},
+    "score": {"name", "from", "format", "chance", "times"},
     "figure": {"name", "kind", "paper", "rows", "columns", "about"} | {"x", "scores", "keys", "file", "crop", "axes"},
 }
+LISTS = ("column", "row", "score", "figure")  # sections that there are several of
 BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables
 
 
@@ -326,14 +328,14 @@ def check(path, spec, budget):
 
 def check_keys(path, spec):
     """Raises UserError for a key that nobody reads."""
-    parts = [("", spec), *((kind, part) for kind in ("column", "row") for part in spec.get(kind, []))]
+    parts = [("", spec), *((kind, part) for kind in LISTS for part in spec.get(kind, []))]
     parts += [("budget", part) for part in spec.get("budget", {}).values()]
     parts += [(kind, spec[kind]) for kind in ("tune", "log") if kind in spec]
     for kind, part in parts:
         if unknown := sorted(set(part) - KEYS[kind]):
             where = f"[{kind}] {part.get('name', '')}".strip() if kind else path
             raise UserError(f"{path}: {where}: {unknown[0]} means nothing; expected {', '.join(sorted(KEYS[kind]))}")
-        if kind in ("column", "row") and "name" not in part:
+        if kind in LISTS and "name" not in part:
             raise UserError(f"{path}: a [[{kind}]] has no name")
 
 

@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from evaluation import markdown_table
 from experiments import ROOT, read_experiment, score_of
+from experiments.tables import describe
 
 CONFIRMED, NOT_SEEN, REFUTED = "confirmed", "not seen at this budget", "refuted"
 COLLAPSES = ("representation", "dimensional", "cluster", "intracluster")
@@ -92,10 +93,10 @@ def cliff(results):
 @claim("warning", "(Ours.) K exp(-prior) < min(K, N) / 4 in a logged line tells a collapse of clusters.")
 def warning(results):
     counts = {(was, said): 0 for was in (True, False) for said in (True, False)}
-    when = []
+    when, last = [], 0
     for _, k, cells in runs_of_beta(results):
         for _, result in cells:
-            said = first_warning(result, k)
+            said, last = first_warning(result, k), result["lines"]["step"][-1]
             counts[collapsed(result), said is not None] += 1
             when += [] if said is None or not collapsed(result) else [said]
     total = sum(counts.values())
@@ -104,7 +105,7 @@ def warning(results):
     text = (
         f"{total} runs of `experiments/beta.toml`, on backbones that the limit was not chosen on. Of "
         f"{counts[True, True] + counts[True, False]} that ended in cluster collapse {counts[True, True]} were told"
-        f"{f', in the median at step {statistics.median(when):.0f} of 300' if when else ''}; of "
+        f"{f', in the median at step {statistics.median(when):.0f} of {last}' if when else ''}; of "
         f"{counts[False, True] + counts[False, False]} that did not, {counts[False, True]} were."
     )
     missed, false = counts[True, False], counts[False, True]
@@ -126,17 +127,15 @@ def collapsed(result):
 
 
 def first_warning(result, k):
-    """The step of the first logged line after the warm-up that says so, or None."""
+    """The step of the first logged line that says so, or None; as in a run, none before the rate has begun to fall."""
     lines = result["lines"]
+    warm = lines["step"][lines["train_lr"].index(max(lines["train_lr"]))]
     for step, perplexity, images in zip(
         lines["step"], lines["batch_perplexity"], lines["images_per_mean"], strict=True
     ):
-        if step > WARMUP[result["column"]] and perplexity < min(k, images) / 4:
+        if step >= warm and perplexity < min(k, images) / 4:
             return step
     return None
-
-
-WARMUP = {"Fashion-MNIST": 47, "CIFAR-10": 78}  # steps: a tenth of an epoch, at most a tenth of the run
 
 
 # ---- collapse --------------------------------------------------------------------------------------------------------
@@ -365,10 +364,7 @@ def told(change, form):
 
 
 def mean_and_spread(sample, form):
-    if not sample:
-        return None
-    text = f"{statistics.fmean(sample):{form}}"
-    return f"{text} ± {statistics.stdev(sample):{form}}" if len(sample) > 1 else text
+    return describe(sample, form) if sample else None
 
 
 def as_table(lines):

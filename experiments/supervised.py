@@ -33,14 +33,14 @@ NAME = "supervised"
 
 @command_line
 def main(argv=None):
+    OBJECTIVES[NAME] = Supervised  # in this process alone: main_cplearn.py itself trains without labels
     args = get_args_parser().parse_args(argv)
     check_arguments(args)
     main_cplearn.train(args)
 
 
 def get_args_parser():
-    OBJECTIVES[NAME] = Supervised  # in this process alone: main_cplearn.py itself trains without labels
-    parser = main_cplearn.get_args_parser()
+    parser = main_cplearn.get_args_parser(OBJECTIVES | {NAME: Supervised})
     parser.prog = "experiments/supervised.py"
     parser.description = "Train a backbone with a linear classifier on labels, as main_cplearn.py trains without."
     parser.set_defaults(objective=NAME, max_bad_images=0.0)

@@ -1,35 +1,20 @@
-"""What the cells of an experiment come to: tables, claims and correlations, written into docs/results.md and README.md.
+"""The table of an experiment, from what was kept of its cells: a line per row, mean and deviation over seeds.
 
-    python -m experiments.tables                       # every block of both pages anew, from experiments/results
-    python -m experiments.tables --page mine.md --results_dir my_results
-    python -m experiments.tables experiments/comparison.toml --budget smoke        # that table, to the terminal
-
-A page holds blocks between two comments, and this program writes what is between them:
-
-    <!-- table comparison short Fashion-MNIST -->
-    <!-- end -->
-
-So every number in such a page comes from a committed JSON file, which tests/test_results.py holds.
+python -m experiments.tables experiments/comparison.toml --budget short
 """
 
-import re
 import statistics
-from pathlib import Path
 
 from evaluation import markdown_table
-from experiments import RESULTS, ROOT, read_experiment, score_of
-from utils import ArgumentParser, UserError, command_line
-
-PAGES = [ROOT.parent / "docs" / "results.md", ROOT.parent / "README.md"]
-BLOCK = re.compile(r"(<!-- (?!end)([^\n]+?) -->\n).*?(<!-- end -->)", re.S)
+from experiments import RESULTS, read_experiment, score_of
+from utils import ArgumentParser, command_line
 
 
 def get_args_parser():
-    parser = ArgumentParser("python -m experiments.tables", "Tables of experiments, from what was kept of their cells.")
+    parser = ArgumentParser("python -m experiments.tables", "Tables of an experiment, from what was kept of its cells.")
     add = parser.add_argument
-    add("experiment", nargs="?", default=None, metavar="FILE", help="print this experiment's tables; change no page")
+    add("experiment", metavar="FILE", help="experiments/NAME.toml")
     add("--budget", default="short", help="of that experiment")
-    add("--page", nargs="+", default=PAGES, help="whose blocks are written (default: docs/results.md and README.md)")
     add("--results_dir", default=str(RESULTS), help="default: experiments/results")
     return parser
 
@@ -37,38 +22,8 @@ def get_args_parser():
 @command_line
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    if args.experiment is None:
-        for page in map(Path, args.page):
-            text = page.read_text()
-            page.write_text(refreshed(text, args.results_dir))
-            print(f"{page.name}: {len(BLOCK.findall(text))} blocks")
-        return
     experiment = read_experiment(args.experiment, args.budget, results=args.results_dir)
     print("\n\n".join(table(experiment, column) for column in experiment.columns()))
-
-
-def refreshed(text, results=RESULTS):
-    """A page with all its blocks made anew. Raises UserError for a block that means nothing."""
-    return BLOCK.sub(lambda found: f"{found[1]}{block(found[2], results)}\n{found[3]}", text)
-
-
-def block(words, results):
-    from experiments import claims  # which stands on this file
-
-    kind, *rest = words.split()
-    if kind == "table" and len(rest) >= 2:
-        name, budget, *column = rest
-        experiment = read_experiment(ROOT / f"{name}.toml", budget, results=results)
-        columns = [c for c in experiment.columns() if not column or c["name"] == " ".join(column)]
-        if columns:
-            return "\n\n".join(table(experiment, column) for column in columns)
-    if kind == "claim" and len(rest) == 1 and rest[0] in claims.CLAIMS:
-        return claims.CLAIMS[rest[0]](results)
-    raise UserError(f"<!-- {words} -->: expected table EXPERIMENT BUDGET [COLUMN], or claim and one of "
-                    f"{', '.join(claims.CLAIMS)}")  # fmt: skip
-
-
-# ---- one table -------------------------------------------------------------------------------------------------------
 
 
 def table(experiment, column):

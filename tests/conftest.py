@@ -3,7 +3,6 @@
 import contextlib
 import os
 import queue
-import sys
 
 import pytest
 import torch
@@ -55,11 +54,3 @@ def next_result(results, workers, seconds=120):
         ended = [worker.exitcode for worker in workers]
         assert not any(ended), f"exit codes {ended}; what the process printed says why"
     raise AssertionError(f"no result within {seconds} s")
-
-
-@pytest.fixture(autouse=True)
-def nobody_leaves_an_objective_behind():
-    """experiments/supervised.py adds its own to the process it runs in, which here is that of the other tests too."""
-    yield
-    if "pretrained" in sys.modules:
-        sys.modules["pretrained"].OBJECTIVES.pop("supervised", None)

@@ -133,7 +133,7 @@ NOT_RUN = {  # and why
     r"torchrun --max-restarts$": "no whole command",
     r"--dataset fashion_mnist|--patch_size 7": "Fashion-MNIST, which is not everywhere; make demo runs it",
     r"pip install|-m venv": "installs",
-    r"evaluation\.summary|experiments\.(tables|figures)": "read what others wrote; test_summary.py, test_results.py",
+    r"evaluation\.summary|experiments\.(tables|figures|pages)": "read what others wrote; test_results.py",
     r"run_experiments\.py|experiments\.(supervised|planted)": "hours; test_run_experiments.py runs it",
 }
 

@@ -332,9 +332,18 @@ def test_a_result_of_another_command_is_not_taken_for_this_ones(capfd):
     assert run() == 0
     assert run(TABLE, "--set", "lr=0.2") == 2
     error = capfd.readouterr().err
-    assert "made by `python" in error and "--lr 0.2 --weight 1.0 --seed 0...` is asked for now" in error
+    assert "made by `python" in error and "--lr 0.2 --weight 1.0 --seed 0 " in error and "is asked for now" in error
     assert run(TABLE, "--set", "lr=0.2", "--again", "Plain,One,seed0", "Plain,One,seed1") == 0
     assert results()["Plain,One,seed0"]["train"].startswith(f"python {STUB} --lr 0.2 ")
+
+
+def test_an_evaluation_that_the_file_has_got_since_is_made_and_a_changed_one_refused(capfd):
+    assert run() == 0
+    more = TABLE.replace("[[row]]", f'[evaluate.linear]\nscript = "{STUB}"\nscores = "linear"\n[[row]]')
+    assert run(more) == 0 and set(results()["Plain,One,seed0"]["scores"]) == {"knn", "linear"}
+    assert came("Plain,One,seed0") == ["train", "evaluate knn", "evaluate linear"]  # what was done was not done again
+    assert run(more.replace('scores = "knn"', 'scores = "knn"\nweight = 3.0')) == 2
+    assert "--scores knn" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,3 +24,9 @@ def test_a_line_per_model_and_a_column_per_score_in_the_order_of_the_evaluations
 def test_a_folder_without_results_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no results"):
         summary(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "results_knn.json").write_text('{"rows": [')
+    with pytest.raises(UserError, match=r"results_knn\.json: damaged"):
+        summary(tmp_path)
