@@ -44,6 +44,18 @@ def write_pictures(root, count=NUM_IMAGES):
     return root
 
 
+def kill_at(step):
+    """A fault for `launch`: the process is killed before this step."""
+    original = main_cplearn.train_one_step
+
+    def killed(run, batches, at):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(run, batches, at)
+
+    main_cplearn.train_one_step = killed
+
+
 def flags(folder, output_dir, processes=1, **changes):
     """A small run on a ResNet-8, saved after every step, as words of the command line."""
     values = {

@@ -4,7 +4,6 @@ import argparse
 import copy
 import functools
 import math
-import os
 import signal
 import warnings
 from pathlib import Path
@@ -370,17 +369,6 @@ def test_nearest_neighbours_are_the_teachers(tmp_path, monkeypatch):
 # ---- what a run leaves -----------------------------------------------------------------------------------------------
 
 
-def kill_at(step):
-    original = main_cplearn.train_one_step
-
-    def killed(run, batches, at):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(run, batches, at)
-
-    main_cplearn.train_one_step = killed
-
-
 def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path):
     """Killed in the epoch of the frozen last layer and after it; accumulation, a rising temperature."""
     settings = CROPS | {"batch_size_per_gpu": 4, "accum_steps": 2, "lr": 1e-3}
@@ -388,7 +376,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path):
     runs.run_to_end(words(folder, tmp_path / "whole", **settings), tmp_path)
     for step in (3, 8):
         job = launch(
-            words(folder, tmp_path / "cut", **settings), tmp_path, faults={0: functools.partial(kill_at, step)}
+            words(folder, tmp_path / "cut", **settings), tmp_path, faults={0: functools.partial(runs.kill_at, step)}
         )
         assert job.wait() == [-signal.SIGKILL], job.output()
         assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == step

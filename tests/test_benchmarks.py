@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import main_cplearn
-from benchmarks import head, objectives
+from benchmarks import gpu_hours, head, objectives
 from benchmarks import step as step_benchmark
+from experiments import ROOT as EXPERIMENTS
+from experiments import read_experiment
 from main_cplearn import OBJECTIVES
 
 SMALL = ["--batch_size", "4", "--dim", "24", "--num_codes", "96", "192", "--repeats", "2"]
@@ -318,3 +320,17 @@ def test_an_operation_is_neither_a_view_nor_made_of_others():
     assert all(
         map(step_benchmark.is_kernel, ["aten::addmm", "aten::_to_copy", "aten::copy_", "aten::sum", "aten::add_"])
     )
+
+
+def test_gpu_hours_grow_with_steps_seeds_and_processes():
+    experiment = read_experiment(EXPERIMENTS / "beta.toml", "smoke")
+    (column,), row = experiment.columns(), experiment.rows()[0]
+    column["flags"] |= {"width": 8, "img_size": 8, "batch_size_per_gpu": 4}
+    once = gpu_hours.hours_of(experiment, row, column, 1)
+    assert once["steps"] == 4 and once["seeds"] == 1 and 0 < once["ms"] < 100
+    assert once["column"] == "CIFAR-10"
+    experiment.at_budget["flags"]["max_steps"] = 3_600_000
+    many = gpu_hours.hours_of(experiment, row, column, 1)
+    assert many["steps"] == 100 * (50_000 // 4)  # --epochs' default ends it first
+    assert many["GPU hours"] == pytest.approx(many["steps"] * many["ms"] / 3.6e6, rel=0.05)
+    assert many["least"] < many["GPU hours"] < many["most"]

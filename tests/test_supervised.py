@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -134,24 +133,13 @@ def test_the_loss_is_the_mean_over_views_written_out(known):
     assert terms["top1"].item() == pytest.approx(sum(hits).item() / 15)
 
 
-def kill_at(step):
-    original = main_cplearn.train_one_step
-
-    def killed(run, batches, at):
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(run, batches, at)
-
-    main_cplearn.train_one_step = killed
-
-
 @pytest.mark.slow
 def test_the_seed_decides_all_and_a_killed_run_goes_on(folder, tmp_path):
     steps = {"epochs": 2, "batch_size_per_gpu": 4, "accum_steps": 2}
     run_to_end(flags(folder, tmp_path / "whole", **steps), tmp_path)
     run_to_end(flags(folder, tmp_path / "other", **steps, seed=1), tmp_path)
     words = flags(folder, tmp_path / "cut", **steps)
-    fault = functools.partial(kill_at, 17)
+    fault = functools.partial(runs.kill_at, 17)
     job = runs.launch(words, tmp_path, faults={0: fault}, script="experiments.supervised")
     assert job.wait() == [-signal.SIGKILL], job.output()
     assert "resuming at step 17" in run_to_end(words, tmp_path)
