@@ -521,13 +521,20 @@ class Agreement:
 
 @functools.cache
 def commit():
-    """The commit of this code, with a mark where files differ from it; "unknown" outside a git checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of this code, "-dirty" where files differ from it; "unknown" outside a git checkout.
+
+    `experiments/results` is no code: a runner that writes its second cell there has not become another version.
+    """
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent)]
+    code = ["--", ".", ":(exclude)experiments/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        name, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for words in (["describe", "--always", "--abbrev=12"], ["status", "--porcelain", "-uno", *code])
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
 
 
 # ---- randomness and schedules: functions, not histories --------------------------------------------------------------

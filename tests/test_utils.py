@@ -344,3 +344,20 @@ def test_freed_memory_is_kept_unless_malloc_has_been_told_otherwise(setting, kep
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | setting
     found = subprocess.run([sys.executable, "-c", TAKE_AGAIN], env=environment, capture_output=True, check=True)
     assert (int(found.stdout) < 20) == kept
+
+
+def test_results_that_a_runner_writes_make_no_other_commit_of_the_code(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    cell = tmp_path / "experiments" / "results" / "cell.json"
+    cell.parent.mkdir(parents=True)
+    for path in (tmp_path / "utils.py", cell):
+        path.write_text("1\n")
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    assert utils.commit.__wrapped__() == "unknown"
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *words], check=True, timeout=60)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    cell.write_text("2\n")
+    assert utils.commit.__wrapped__() == head[:12]
+    (tmp_path / "utils.py").write_text("2\n")
+    assert utils.commit.__wrapped__() == f"{head[:12]}-dirty"
