@@ -24,7 +24,7 @@ class BadImage(Exception):
 
 
 def load_image(path, channels=3, value_range=None):
-    """A file -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
+    """A file, or its content as bytes -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
 
     JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; alpha is dropped, as in DINO;
     orientation is what PIL reads; of an animation the first frame. What stands beside the pixels (text, profiles, EXIF)
@@ -55,7 +55,9 @@ def load_image(path, channels=3, value_range=None):
 
 
 def read_file(path):
-    """The content of a regular file: a pipe would wait for ever, a device has no end."""
+    """The content of a regular file: a pipe would wait for ever, a device has no end. Content itself stays."""
+    if isinstance(path, bytes):
+        return path
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise BadImage("not a regular file but a directory, pipe or device")
