@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as tv
 import data
 import pictures
 from images import DATASETS, ArrayImages, FolderImages, open_dataset
+from images.workers import Workers, hand_over, start_worker
 from pictures import array_loader, folder_args, make_args, picture, write
 from utils import RunFailed, UserError
 
@@ -200,7 +201,7 @@ def test_a_batch_is_handed_over_as_one_tensor_for_each_size(class_folders, monke
     assert [tuple(crops.shape) for crops in batch.crops] == [(8, 3, 32, 32), (24, 3, 16, 16)]
     shared, share = [], torch.UntypedStorage._share_fd_cpu_
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda s: shared.append(s) or share(s))
-    assert same(pickle.loads(pickle.dumps(data.hand_over(batch))), batch)
+    assert same(pickle.loads(pickle.dumps(hand_over(batch))), batch)
     assert len(shared) == 2
 
 
@@ -216,7 +217,7 @@ def test_what_workers_are_given_can_be_sent_to_them(class_folders):
     assert same(sent[0].__getitems__(step), loader.workers.loader.dataset.__getitems__(step))
     dataset = data.EvalDataset(loader.images, 32, 3)
     assert torch.equal(pickle.loads(pickle.dumps(dataset)).__getitems__(step[1]), dataset.__getitems__(step[1]))
-    assert sent[1:] == (options["collate_fn"], data.start_worker)
+    assert sent[1:] == (options["collate_fn"], start_worker)
 
 
 @pytest.fixture(params=["fork", "spawn", "forkserver"])
@@ -282,7 +283,7 @@ SHORT = [
 
 def failing_once(error):
     """Workers whose loader fails at first; a new one goes through its steps."""
-    workers = data.Workers(data.EvalDataset(None, 8, 3), 0, torch.device("cpu"))
+    workers = Workers(data.EvalDataset(None, 8, 3), 0, torch.device("cpu"))
     workers.start, workers.loader = lambda: workers.steps, failing(error)
     return workers.batches(lambda done: ["a", "b"][done:])
 

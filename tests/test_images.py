@@ -17,6 +17,7 @@ import images as images_module
 import pictures
 import utils
 from images import DEBIAN_FASHION_MNIST, ArrayImages, FolderImages, check_same_classes, open_dataset
+from images.workers import as_it_is
 from pictures import folder_args, make_args, picture, write
 from utils import UserError
 
@@ -102,7 +103,7 @@ def test_workers_of_every_kind_read_a_folder(class_folders, context):
     images = open_dataset(folder_args(class_folders))
     batches = torch.utils.data.DataLoader(
         data.EvalDataset(images, 32, 3), batch_sampler=[[0, 5], [26]], num_workers=1, multiprocessing_context=context,
-        collate_fn=data.as_it_is,
+        collate_fn=as_it_is,
     )  # fmt: skip
     expected = data.EvalDataset(images, 32, 3)
     assert all(map(torch.equal, batches, map(expected.__getitems__, ([0, 5], [26]))))
