@@ -13,10 +13,10 @@ import torch
 import torchvision
 
 import data
-import images as images_module
 import pictures
 import utils
-from images import DEBIAN_FASHION_MNIST, ArrayImages, FolderImages, check_same_classes, open_dataset
+from images import ArrayImages, FolderImages, check_same_classes, open_dataset, small_sets
+from images.small_sets import DEBIAN_FASHION_MNIST
 from images.workers import as_it_is
 from pictures import folder_args, make_args, picture, write
 from utils import UserError
@@ -140,7 +140,7 @@ def test_fashion_mnist_files_in_data_path(tmp_path, below, zipped):
 
 
 def test_fashion_mnist_nowhere_is_one_line_with_three_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
+    monkeypatch.setattr(small_sets, "DEBIAN_FASHION_MNIST", str(tmp_path / "debian"))
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(UserError, match=r"--data_path.*dataset-fashion-mnist.*network") as error:
         open_dataset(make_args("--data_path", tmp_path))
