@@ -270,6 +270,13 @@ def score_of(result, score, take="trained"):
     return rows[0].get(key) if rows else None
 
 
+def epochs_of(result, evaluation):
+    """{epoch, from 1: name} of the checkpoints that an evaluation of `checkpoints = "all"` has scored."""
+    names = [row["checkpoint"] for row in result["scores"][evaluation]]
+    kept = {int(found[1]): name for name in names if (found := re.fullmatch(r"checkpoint(\d+)\.pth", name))}
+    return dict(sorted((kept | {result["log"]["epoch"] + 1: "trained"}).items()))  # the log counts from 0
+
+
 def parts_of(score):
     """ "cluster[codes].ami" -> ("cluster", "codes", "ami")."""
     found = re.fullmatch(r"(\w+)(?:\[(.+)\])?\.(\w+)", score)

@@ -12,7 +12,7 @@ import statistics
 from scipy.stats import spearmanr
 
 from evaluation import markdown_table
-from experiments import ROOT, read_experiment, score_of
+from experiments import ROOT, epochs_of, read_experiment, score_of
 from experiments.tables import describe
 
 CONFIRMED, NOT_SEEN, REFUTED = "confirmed", "not seen at this budget", "refuted"
@@ -160,6 +160,56 @@ def no_collapse(results):
     return verdict, as_table(lines)
 
 
+# ---- longer runs -----------------------------------------------------------------------------------------------------
+
+
+@claim("longer", "(Ours.) The order after 800 steps holds after 3200.")
+def longer(results):
+    experiment, short, lines = read_experiment(ROOT / "longer.toml", "short", results=results), comparison(results), []
+    scores = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
+    kept = []
+    for column in experiment.columns():
+        for title, score in scores.items():
+            form = ".3f" if title.endswith("AMI") else ".1f"
+            before, after = (
+                {row["name"]: values(part, row["name"], column, score) for row in experiment.rows()}
+                for part in (short, experiment)
+            )
+            if all(before.values()) and all(after.values()):
+                orders = [sorted(of, key=lambda name: -statistics.fmean(of[name])) for of in (before, after)]
+                kept.append(orders[0] == orders[1])
+            texts = {
+                name: f"{mean_and_spread(before[name], form) or '-'} → {mean_and_spread(after[name], form) or '-'}"
+                for name in after
+            }
+            lines.append({"": f"{column['name']}, {title}"} | texts)
+    if len(kept) < len(lines):
+        return NOT_SEEN, "Not run yet."
+    text = f"The order of the three is the same by {sum(kept)} of {len(kept)} scores."
+    return (CONFIRMED if all(kept) else REFUTED if not any(kept) else NOT_SEEN), f"{text}\n\n{as_table(lines)}"
+
+
+@claim("convergence", "CPLearn converges faster than its rivals (Fig. 16).")
+def convergence(results):
+    experiment, lines, ahead, behind = read_experiment(ROOT / "longer.toml", "short", results=results), [], [], []
+    for column in experiment.columns():
+        curves = {}
+        for row in experiment.rows():
+            for result in [r for r in experiment.finals(row, column) if done(r)][:1]:
+                epochs = epochs_of(result, "linear")
+                curves[row["name"]] = {epoch: score_of(result, "linear.top1", name) for epoch, name in epochs.items()}
+        lines += [{"": f"{column['name']}, {name}"} | {f"epoch {epoch}": f"{top1:.1f}" for epoch, top1 in curve.items()}
+                  for name, curve in curves.items()]  # fmt: skip
+        if len(curves) == len(experiment.rows()):
+            own, *rivals = (list(curve.values()) for curve in curves.values())
+            early = range((len(own) + 1) // 2)  # the first half: at the end all have converged
+            ahead.append(all(own[i] > max(rival[i] for rival in rivals) for i in early))
+            behind.append(all(own[i] < max(rival[i] for rival in rivals) for i in early))
+    if not ahead:
+        return NOT_SEEN, "Not run yet."
+    return (CONFIRMED if all(ahead) else REFUTED if all(behind) else NOT_SEEN), as_table(lines)
+
+
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -272,33 +322,32 @@ WITHOUT_LABELS = {  # score, and the sign in which more of it should be better
     "codes in use": ("collapse.codes_used", 1),
     "perplexity of codes": ("collapse.perplexity", 1),
 }
+ALL_SYSTEMS = "all systems"
+FEWEST_RUNS = 5  # that a rank correlation is made of
 WITH_LABELS = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
 
 
 @claim("choice", "(Ours.) What needs no labels ranks runs as scores with labels do.")
 def choice(results):
-    lines, best = [], None
+    lines, within = [], {name: [] for name in WITHOUT_LABELS}
     for column, system, found in runs_by_system(results):
-        for target, score in WITH_LABELS.items():
-            line = {"": f"{column}, {system}, {target}", "runs": 0}
-            for name, (free, sign) in WITHOUT_LABELS.items():
+        line = {"": f"{column}, {system}", "runs": len(found)}
+        for name, (free, sign) in WITHOUT_LABELS.items():
+            ranked = []
+            for score in WITH_LABELS.values():
                 pairs = [(sign * x, y) for r in found if None not in (x := score_of(r, free), y := score_of(r, score))]
-                line["runs"] = max(line["runs"], len(pairs))
-                line[name] = rank_correlation(pairs)
-            lines.append(line)
-    within = {name: [line[name] for line in lines if "all systems" not in line[""] and line.get(name) is not None]
-              for name in WITHOUT_LABELS}  # fmt: skip
+                ranked.append(rank_correlation(pairs))
+            within[name] += [value for value in ranked if value is not None and system != ALL_SYSTEMS]
+            line[name] = " / ".join("-" if value is None else f"{value:.2f}" for value in ranked)
+        lines += [line] if len(found) >= FEWEST_RUNS else []
     means = {name: statistics.fmean(found) for name, found in within.items() if found}
     if not means:
         return NOT_SEEN, "Not run yet."
-    best = max(means, key=means.get)
     text = "Mean over systems of Spearman's rank correlation within a system: " + ", ".join(
         f"{name} {value:.2f}" for name, value in sorted(means.items(), key=lambda item: -item[1])
     )
-    shown = [
-        line | {name: f"{line[name]:.2f}" for name in WITHOUT_LABELS if line.get(name) is not None} for line in lines
-    ]
-    return (CONFIRMED if means[best] > 0.8 else REFUTED), f"{text}.\n\n{as_table(shown)}"
+    text += f". In the table: the correlation with {' / '.join(WITH_LABELS)}."
+    return (CONFIRMED if max(means.values()) > 0.8 else REFUTED), f"{text}\n\n{as_table(lines)}"
 
 
 def runs_by_system(results):
@@ -314,12 +363,12 @@ def runs_by_system(results):
                 yield column["name"], f"grid of {row['name']}", list(found.values())
         finals = [r for row in rows for r in experiment.finals(row, column) if done(r)]
         yield column["name"], "CPLearn's rows", [r for r in finals if r["row"] in CPLEARN]
-        yield column["name"], "all systems", finals
+        yield column["name"], ALL_SYSTEMS, finals
 
 
 def rank_correlation(pairs):
     """Spearman's, or None where it has no meaning."""
-    if len(pairs) < 5 or len({x for x, _ in pairs}) < 2 or len({y for _, y in pairs}) < 2:
+    if len(pairs) < FEWEST_RUNS or len({x for x, _ in pairs}) < 2 or len({y for _, y in pairs}) < 2:
         return None
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 

@@ -19,7 +19,6 @@ failed is left out, and said.
 """
 
 import math
-import re
 import statistics
 import textwrap
 
@@ -27,7 +26,7 @@ import numpy as np
 
 import evaluation
 from evaluation.collapse_figures import plain_numbers
-from experiments import RESULTS, is_in, read_experiment, score_of, slug
+from experiments import RESULTS, epochs_of, is_in, read_experiment, score_of, slug
 from utils import ArgumentParser, UserError, command_line, one_line
 
 LINE_STYLES = ("-", "--", ":", "-.")  # a colour comes again with another one
@@ -204,12 +203,8 @@ def log_series(experiment, figure, result, key):
 
 def epoch_series(experiment, figure, result, key):
     score = score_named(experiment, key)
-    rows = result["scores"][score["from"].split(".")[0].split("[")[0]]
-    epochs = {row["checkpoint"]: int(found[1]) for row in rows
-              if (found := re.fullmatch(r"checkpoint(\d+)\.pth", row["checkpoint"]))}  # fmt: skip
-    epochs["trained"] = result["log"]["epoch"] + 1  # which counts from 0
-    points = sorted((epoch, value(result, score["from"], name)) for name, epoch in epochs.items())
-    return [x for x, _ in points], [y * score.get("times", 1) for _, y in points]
+    epochs = epochs_of(result, score["from"].split(".")[0].split("[")[0])
+    return list(epochs), [value(result, score["from"], name) * score.get("times", 1) for name in epochs.values()]
 
 
 SERIES = {"lines": kept_series, "log": log_series, "epochs": epoch_series}

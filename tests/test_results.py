@@ -143,6 +143,49 @@ def test_every_claim_says_so_where_nothing_has_been_run(tmp_path):
         assert claims.NOT_SEEN in told(tmp_path), name
 
 
+def plant(results, name, accuracies):
+    """A cell for each row and its accuracies of epochs; its 20-NN and AMI are the last of them."""
+    experiment = read_experiment(ROOT / f"{name}.toml", "short", results=results)
+    for row in (row for row in experiment.rows() if row["name"] in accuracies):
+        *early, last = accuracies[row["name"]]
+        linear = [{"checkpoint": f"checkpoint{epoch:04}.pth", "top1": top1} for epoch, top1 in enumerate(early, 1)]
+        scores = {
+            "linear": [*linear, {"checkpoint": "trained", "top1": last}],
+            "knn": [{"checkpoint": "trained", "top1": last}],
+            "cluster": [{"checkpoint": "trained", "method": "k-means 10", "ami": last / 100}],
+        }
+        path = experiment.path(experiment.cell(row, experiment.columns()[0], 0, {}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"status": "done", "row": row["name"], "scores": scores, "log": {"epoch": 3}}))
+
+
+def test_the_order_of_longer_runs_is_that_of_shorter_ones_or_not(tmp_path, monkeypatch):
+    without_grid = read_experiment(ROOT / "comparison.toml", "short", results=tmp_path)
+    without_grid.at_budget["tune"] = False
+    monkeypatch.setattr(claims, "comparison", lambda results: without_grid)
+    own, *rivals = (row["name"] for row in read_experiment(ROOT / "longer.toml", "short").rows())
+    plant(tmp_path, "comparison", {own: [80.0], rivals[0]: [79.0], rivals[1]: [78.0]})
+    for last, verdict in ((81.0, claims.CONFIRMED), (84.0, claims.REFUTED)):
+        plant(tmp_path, "longer", {own: [70.0, 83.0], rivals[0]: [70.0, last], rivals[1]: [70.0, 80.5]})
+        assert f"Verdict: **{verdict}**" in claims.CLAIMS["longer"](tmp_path)
+
+
+@pytest.mark.parametrize(
+    "own, verdict",
+    [
+        ([60, 70, 75, 75], claims.CONFIRMED),  # ahead in the first two of four epochs
+        ([54, 59, 90, 90], claims.REFUTED),
+        ([60, 60, 90, 90], claims.NOT_SEEN),
+    ],
+)
+def test_convergence_is_judged_by_the_first_half_of_the_epochs(tmp_path, own, verdict):
+    names = [row["name"] for row in read_experiment(ROOT / "longer.toml", "short").rows()]
+    plant(tmp_path, "longer", dict(zip(names, (own, [55, 65, 80, 80], [50, 55, 60, 60]), strict=True)))
+    told = claims.CLAIMS["convergence"](tmp_path)
+    assert f"Verdict: **{verdict}**" in told
+    assert lines_of(told)[0]["epoch 4"] == f"{own[-1]:.1f}"
+
+
 def test_statistics_of_the_table_are_sample_statistics():
     assert tables.describe([1.0, 2.0, 4.0], ".3f") == f"{7 / 3:.3f} ± {statistics.stdev([1.0, 2.0, 4.0]):.3f}"
 
