@@ -34,7 +34,7 @@ from augmentation import (
     uniform,
     view_draws,
 )
-from images import DATASETS, BadImage, FolderImages, add_image_arguments
+from images import DATASETS, BadImage, add_image_arguments
 from images.workers import Workers
 from utils import Number, UserError
 
@@ -213,7 +213,7 @@ class TrainLoader:
                 f"({batch_size * accum_steps} on each of {world_size} processes): lower the batch size or add images"
             )
         self.coming = None  # (number in the run, end of the run) of the micro-batch that `stream` gives next
-        if isinstance(images, FolderImages):
+        if images.data is None:
             dataset = CropDataset(images, self.recipe)
             self.workers = Workers(dataset, args.num_workers, self.device, persistent=True, at_once=accum_steps)
 
@@ -246,7 +246,7 @@ class TrainLoader:
 
     def batches(self, number, end):
         plan, images, device = self.plan, self.images, self.device  # not self: a circle would keep the workers alive
-        if isinstance(images, FolderImages):
+        if images.data is None:
             return self.workers.batches(lambda done: plan.micro_batches(number + done, end))
         return (batch_in_memory(images, epoch, indices, device) for epoch, indices in plan.micro_batches(number, end))
 
@@ -392,7 +392,7 @@ def eval_batches(
     device = torch.device(device)
     mine = np.asarray(np.arange(len(images)) if indices is None else indices, np.int64)[rank::world_size]
     steps = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    if isinstance(images, FolderImages):
+    if images.data is None:
         workers = Workers(EvalDataset(images, img_size, in_chans), num_workers, device)
         batches = workers.batches(lambda done: steps[done:])
     else:

@@ -53,7 +53,7 @@ from cplearn_head import CPLearn, CPLearnHead
 from evaluation import extract_features
 from evaluation.knn import knn_accuracy, search_by_torch
 from fused_loss import choose_loss
-from images import ArrayImages, FolderImages, check_same_classes, open_dataset
+from images import ImageSet, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
 from pretrained import OBJECTIVES, load_backbone
@@ -210,7 +210,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     total_steps: int
-    val_images: FolderImages | ArrayImages | None  # for k-NN
+    val_images: ImageSet | None  # for k-NN
     lock: io.IOBase | None  # rank 0's, on the output folder; held until it is closed
     earlier: dict | None  # the checkpoint to go on from, until it is loaded
     compiled: str  # what the run says of it

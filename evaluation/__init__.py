@@ -146,7 +146,7 @@ class EvaluatedModel:
         return {
             "model": self.describe(),
             "images": images.fingerprint,
-            "files": None if isinstance(images, image_sets.ArrayImages) else files_fingerprint(images),
+            "files": None if images.data is not None else files_fingerprint(images),
             "num_images": len(images),
             **image_flags,
         }
@@ -170,12 +170,12 @@ def files_fingerprint(images):
     """Of the folder of images, and of size and times of change of `MAX_STATS` files in it: another folder with the same
     names in it, or images made anew, are other images. The second time is the kernel's own: a copy that keeps the date
     of the original changes it too. 16 hexadecimal digits."""
-    if len(images) > MAX_STATS:
+    if images.num_files > MAX_STATS:
         note(
-            f"--features_dir: {len(images)} files; size and times of {MAX_STATS} of them tell whether "
+            f"--features_dir: {images.num_files} files; size and times of {MAX_STATS} of them tell whether "
             "images have changed; where others have, remove the folder of features"
         )
-    digest = hashlib.sha256(os.path.realpath(images.root))
+    digest = hashlib.sha256(b"".join(map(os.path.realpath, images.roots)))
     for status in images.look_at_some(MAX_STATS):
         digest.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode() if status else b"none")
     return digest.hexdigest()[:16]

@@ -7,20 +7,18 @@
 What a set of images is to those who read it: sets.py.
 """
 
-import os
 import sys
 
 import numpy as np
-import torch
 
 import utils
 from images.decoding import BadImage, first_line, load_image
 from images.folders import enumeration, find_images, read_text
-from images.sets import ArrayImages, FolderImages
+from images.sets import ArrayImages, FolderImages, ImageSet
 from images.small_sets import open_small_set
 from utils import UserError
 
-__all__ = ["ArrayImages", "BadImage", "FolderImages", "first_line", "load_image"]
+__all__ = ["ArrayImages", "BadImage", "FolderImages", "ImageSet", "first_line", "load_image"]
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 
@@ -53,7 +51,7 @@ def open_dataset(args, split="train"):
     """The images that --dataset, --data_path and --class_list name; the first process says in one line what they are.
 
     split: "train", or "val" for those to evaluate on: the test set of the small sets, the folder val/ (or test/) beside
-    train/. Returns FolderImages or ArrayImages. Raises UserError if they cannot be found or read, with where they were
+    train/. Returns an ImageSet, see sets.py. Raises UserError if they cannot be found or read, with where they were
     looked for.
     """
     if split not in ("train", "val"):
@@ -117,9 +115,5 @@ def keep_classes(images, class_list):
     classes = [name for name in images.classes if name in names]
     new_label = np.array([classes.index(name) if name in names else -1 for name in images.classes])[images.labels]
     kept = np.flatnonzero(new_label >= 0)
-    if isinstance(images, FolderImages):
-        root, paths = os.fsdecode(images.root), [images.relative_name(index) for index in kept]
-        left_out = f"{len(images.classes) - len(classes)} classes left out by --class_list {class_list}"
-        remarks = [*images.remarks, left_out]
-        return FolderImages(root, paths, new_label[kept], classes, images.value_range, remarks)
-    return ArrayImages(images.set_name, images.data[torch.from_numpy(kept)], new_label[kept], classes)
+    left_out = f"{len(images.classes) - len(classes)} classes left out by --class_list {class_list}"
+    return images.kept(kept, new_label[kept], classes, left_out)

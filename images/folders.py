@@ -32,6 +32,10 @@ class Found:
     remarks: list = dataclasses.field(default_factory=list)
 
 
+class NoSplit(UserError):
+    """There are images, and none of the split that is asked for."""
+
+
 def find_images(data_path, split):
     """data_path: a folder, or a text file that lists images.  split: "train" or "val". Returns `Found`."""
     if data_path is None:
@@ -49,7 +53,7 @@ def find_images(data_path, split):
     if split == "val":
         path = validation_beside(path)
     if path is None:
-        raise UserError(
+        raise NoSplit(
             f"--data_path {data_path} is a list of images, without a validation part: give a folder, or put val.txt "
             "beside train.txt"
         )
@@ -107,7 +111,7 @@ def folder_of_split(root, split):
         return root, []
     beside = validation_beside(root)
     if beside is None:
-        raise UserError(
+        raise NoSplit(
             f"no validation images for --data_path {root}: looked for a folder called "
             f"{', '.join(SPELLINGS['val'] + SPELLINGS['test'])} in it, and beside it if it is called train; in it are "
             f"{enumeration(folders_in(root)) or 'no folders'}"
@@ -176,7 +180,7 @@ def pick(place, kinds, split):
     if not found:
         there = enumeration([name for names in kinds.values() for name in names])
         advice = "give their folder itself as --data_path" if split == "train" else "expected a folder called val"
-        raise UserError(f"{place} holds {there}, and no {split} images: {advice}")
+        raise NoSplit(f"{place} holds {there}, and no {split} images: {advice}")
     return place / found[0]
 
 

@@ -8,48 +8,27 @@ import hashlib
 import os
 
 import numpy as np
+import torch
 
 from augmentation import match_channels
 from images.decoding import load_image, used_range
 from images.folders import enumeration
 
 
-class FolderImages:
-    """Image files on disk, read when they are needed.
+class ImageSet:
+    """N images in a fixed order. A kind of set says how it has each of these:
 
-    len(); .labels int64 (N,) or None; .classes names or None; .channels; .fingerprint of the names in their order, of
-    some files' sizes and of value_range; .summary one line; .notes() lines on what looks wrong;
-    .name(i); .load(i, channels) -> uint8 (channels, H, W), raises BadImage.
-    The names are one array of bytes: a list of 1.3 million str would be copied into every worker, page by page, as
-    soon as its reference counts change.
+    len(); .labels int64 (N,) or None; .classes names or None; .channels;
+    .data uint8 (N, C, H, W) of a set in memory, None where pixels are read when they are needed;
+    .fingerprint 16 hexadecimal digits, of what is there and of its order; .summary one line;
+    .name(i) for people; .content(i) path or content of an image's file; .load(i, channels) -> uint8 (channels, H, W),
+    raises BadImage; .kept(indices, labels, classes, remark) the set of these images alone;
+    .roots folders or files that it lies in; .num_files; .look_at_some(most) os.stat of some of them.
     """
 
-    channels = 3
-
-    def __init__(self, root, names, labels=None, classes=None, value_range=None, remarks=()):
-        """root: folder. names: list of bytes, relative to root or absolute. value_range: see `load_image`. remarks: for
-        the summary, first where the images are."""
-        self.root, self.labels, self.classes = os.fsencode(root), labels, classes
-        self.value_range, self.remarks = value_range, list(remarks)
-        self.ends = np.cumsum([len(name) for name in names])
-        self.bytes = np.frombuffer(b"".join(names), np.uint8)
-
-    @functools.cached_property
-    def fingerprint(self):
-        digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))  # the names with a zero between two
-        for status in self.look_at_some():
-            digest.update(b"%d " % (status.st_size if status else -1))
-        if self.value_range:
-            digest.update(b"%r" % (self.value_range,))
-        return digest.hexdigest()[:16]
-
-    def look_at_some(self, most=1000):
-        """os.stat of `most` files, evenly spread; None for one that is not there, which is named when it is read."""
-        for index in np.unique(np.linspace(0, len(self) - 1, most).astype(int)):
-            try:
-                yield os.stat(os.path.join(self.root, self.relative_name(index)))
-            except OSError:
-                yield None
+    channels, data = 3, None
+    roots, num_files = (), 0
+    value_range, remarks = None, ()
 
     @property
     def summary(self):
@@ -57,8 +36,8 @@ class FolderImages:
 
     def notes(self, most=16):
         """Says whether the images of more than 8 bits, among some, leave most of their range unused."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, most).astype(int))
-        ranges = [found for found in map(used_range, map(self.path, chosen)) if found]
+        chosen = evenly(len(self), most)
+        ranges = [found for found in map(used_range, map(self.content, chosen)) if found]
         if self.value_range or not ranges:
             return []
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
@@ -69,28 +48,96 @@ class FolderImages:
             f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white"
         ]
 
+
+def evenly(count, most):
+    """Indices below `count`, at most so many, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
+def count(images):
+    """ "60 images in 2 classes (cat, dog)" """
+    number = f"{len(images)} image{'s' * (len(images) != 1)}"
+    if images.classes is None:
+        return f"{number} without labels"
+    names = f" ({enumeration(images.classes)})" if len(images.classes) <= 5 else ""
+    return f"{number} in {len(images.classes)} class{'es' * (len(images.classes) != 1)}{names}"
+
+
+class Names:
+    """Names as one array of bytes: a list of 1.3 million str would be copied into every worker, page by page, as soon
+    as its reference counts change."""
+
+    def __init__(self, names):
+        """names: list of bytes."""
+        self.ends = np.cumsum(np.array([len(name) for name in names], np.int64))
+        self.bytes = np.frombuffer(b"".join(names), np.uint8)
+
     def __len__(self):
         return len(self.ends)
 
-    def relative_name(self, index):
+    def __getitem__(self, index):
         return self.bytes[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
 
-    def name(self, index):
-        return os.path.join(self.root, self.relative_name(index)).decode("utf-8", "backslashreplace")
+    def fingerprint(self, sizes, value_range):
+        """Of the names with a zero between two, and of some sizes in bytes, -1 for a file that is not there."""
+        digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))
+        for size in sizes:
+            digest.update(b"%d " % size)
+        if value_range:
+            digest.update(b"%r" % (value_range,))
+        return digest.hexdigest()[:16]
 
-    def path(self, index):
-        return os.fsdecode(os.path.join(self.root, self.relative_name(index)))
+
+class FolderImages(ImageSet):
+    """Image files on disk, read when they are needed."""
+
+    def __init__(self, root, names, labels=None, classes=None, value_range=None, remarks=()):
+        """root: folder. names: list of bytes, relative to root or absolute. value_range: see `load_image`. remarks: for
+        the summary, first where the images are."""
+        self.root, self.labels, self.classes = os.fsencode(root), labels, classes
+        self.value_range, self.remarks = value_range, list(remarks)
+        self.names = Names(names)
+        self.roots, self.num_files = (self.root,), len(names)
+
+    @functools.cached_property
+    def fingerprint(self):
+        sizes = (status.st_size if status else -1 for status in self.look_at_some())
+        return self.names.fingerprint(sizes, self.value_range)
+
+    def look_at_some(self, most=1000):
+        """os.stat of `most` files, evenly spread; None for one that is not there, which is named when it is read."""
+        for index in evenly(len(self), most):
+            try:
+                yield os.stat(os.path.join(self.root, self.names[index]))
+            except OSError:
+                yield None
+
+    def __len__(self):
+        return len(self.names)
+
+    def relative_name(self, index):
+        return self.names[index]
+
+    def name(self, index):
+        return os.path.join(self.root, self.names[index]).decode("utf-8", "backslashreplace")
+
+    def content(self, index):
+        return os.fsdecode(os.path.join(self.root, self.names[index]))
 
     def load(self, index, channels=3):
-        return load_image(self.path(index), channels, self.value_range)
+        return load_image(self.content(index), channels, self.value_range)
+
+    def kept(self, indices, labels, classes, remark):
+        names = [self.names[index] for index in indices]
+        return FolderImages(self.root, names, labels, classes, self.value_range, [*self.remarks, remark])
 
 
-class ArrayImages:
-    """A small set in memory. data: uint8 tensor (N, C, H, W); the rest as in FolderImages."""
+class ArrayImages(ImageSet):
+    """A small set in memory. data: uint8 tensor (N, C, H, W)."""
 
     def __init__(self, name, data, labels=None, classes=None):
         self.set_name, self.data, self.labels, self.classes = name, data.contiguous(), labels, classes
-        self.summary = f"{count(self)} of {name}"
+        self.remarks = [f"of {name}"]
         self.channels = data.shape[1]
         self.fingerprint = hashlib.sha256(self.data.numpy()).hexdigest()[:16]
 
@@ -106,11 +153,5 @@ class ArrayImages:
     def load(self, index, channels=3):
         return match_channels(self.data[index : index + 1], channels)[0]
 
-
-def count(images):
-    """ "60 images in 2 classes (cat, dog)" """
-    number = f"{len(images)} image{'s' * (len(images) != 1)}"
-    if images.classes is None:
-        return f"{number} without labels"
-    names = f" ({enumeration(images.classes)})" if len(images.classes) <= 5 else ""
-    return f"{number} in {len(images.classes)} class{'es' * (len(images.classes) != 1)}{names}"
+    def kept(self, indices, labels, classes, remark):
+        return ArrayImages(self.set_name, self.data[torch.from_numpy(indices)], labels, classes)

@@ -112,7 +112,7 @@ def test_workers_of_every_kind_read_a_folder(class_folders, context):
 def test_names_take_little_memory():
     names = [b"n%08d/n%08d_%d.JPEG" % (i % 1000, i % 1000, i) for i in range(100_000)]
     images = FolderImages("/data", names)
-    assert images.bytes.nbytes + images.ends.nbytes < 40 * len(names)
+    assert images.names.bytes.nbytes + images.names.ends.nbytes < 40 * len(names)
     assert images.name(99_999) == "/data/" + names[-1].decode() and images.name(0) == "/data/" + names[0].decode()
 
 
