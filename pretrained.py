@@ -257,6 +257,8 @@ def _settings(network, shapes, given, saved):
         raise UserError(_unknown_backbone(network.state))
     notes = [f"{method.name}'s layout"] if method else []
     parts = dict(shapes.get("parts", {})) if settings["arch"] == shapes.get("arch") else {}
+    if parts and saved.get("norm_eps"):
+        parts["norm_eps"] = saved["norm_eps"]
     heads = _known_heads(settings["arch"], given, saved, method)
     if heads is not None:
         parts["num_heads"] = heads
@@ -392,6 +394,7 @@ PLAUSIBLE = {
     "img_size": (_is_side, "pixels"),
     "in_chans": (_is_side, "a number of channels"),
     "num_heads": (_is_side, "a number of heads"),
+    "norm_eps": (lambda value: type(value) is float and 0 < value < 1, "a small number"),
     "mean": (_are_numbers, "a number per channel"),
     "std": (_are_numbers, "a number per channel"),
     "value_range": (_are_numbers, "two numbers"),
@@ -411,7 +414,8 @@ def _config_beside(path):
         heads = config.get("model_args", {}).get("num_heads", config.get("num_attention_heads"))
         return {"arch": config.get("architecture"), "in_chans": size[0], "img_size": size[-1], "num_heads": heads,
                 "mean": cfg.get("mean", pixels.get("image_mean")), "std": cfg.get("std", pixels.get("image_std")),
-                "dataset": config.get("dataset"), "source": "config.json"}  # fmt: skip
+                "norm_eps": config.get("layer_norm_eps"), "dataset": config.get("dataset"),
+                "source": "config.json"}  # fmt: skip
     except (AttributeError, LookupError, TypeError) as error:
         file = Path(path).with_name("config.json")
         raise UserError(f"{file}: not a config.json as timm writes it ({error})") from error

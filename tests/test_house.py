@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_collapse", "visualize_attention"}
 SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments"}
-PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments")
+PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
     {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "weight_layouts", "objective"}
@@ -17,7 +17,7 @@ LEVELS = [  # a room imports from rooms below it, and from rooms on its own leve
     {"baselines"},
     {"fused_loss"},  # the fast loss stands on the definition, never the reverse
     {"pretrained"},
-    {"evaluation"},
+    {"evaluation", "exports"},
     {"experiments"},
     SCRIPTS,
 ]
