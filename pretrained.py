@@ -39,10 +39,13 @@ from utils import PRECISIONS, UserError, choose_precision, positive
 from vision_transformer import ARCHS, VisionTransformer
 from weight_layouts import (
     BESIDE,
+    check_fits,
     choose_network,
+    few,
     find_networks,
     is_our_vit,
     labels,
+    listed,
     method_of,
     shape_settings,
     tensor_dicts,
@@ -217,7 +220,7 @@ def _load(path, checkpoint_key, given, random_weights, training):
     if random_weights:
         return PretrainedModel(build_backbone(**options), None, settings | {"objective": None})
     state, left_out = _fit(skeleton, network.state)
-    _check_fits(skeleton, state, f"{path}: {'.'.join([*network.path, ''])}{settings['arch']}")
+    check_fits(skeleton, state, f"{path}: {'.'.join([*network.path, ''])}{settings['arch']}")
     backbone = build_backbone(**options, **training)
     backbone.load_state_dict(state)
     head, of_head = _build_head(backbone.embed_dim, network.siblings, saved, path)
@@ -240,12 +243,12 @@ def _find_networks(checkpoint, arch):
         return networks
     names = [name for tensors in tensor_dicts(checkpoint).values() for name in tensors]
     if not names:
-        raise UserError(f"holds no state dict; its keys: {_listed([str(name) for name in checkpoint])}")
+        raise UserError(f"holds no state dict; its keys: {listed([str(name) for name in checkpoint])}")
     raise UserError(_unknown_backbone(names))
 
 
 def _unknown_backbone(names):
-    return f"neither its settings nor its shapes tell the backbone; name it with --arch; its tensors: {_few(names)}"
+    return f"neither its settings nor its shapes tell the backbone; name it with --arch; its tensors: {few(names)}"
 
 
 def _settings(network, shapes, given, saved):
@@ -500,37 +503,8 @@ def _converted_by_timm(backbone, state):
         return {}
 
 
-def _check_fits(module, state, what):
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    misshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if missing or unexpected or misshaped:
-        matched = len(own) - len(missing) - len(misshaped)
-        shapes = [f"{name} {_shape(state[name])} instead of {_shape(own[name])}" for name in misshaped]
-        problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        details = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
-        raise UserError(
-            f"{what}: {matched} of {len(own)} tensors match, so nothing was loaded; {details}; "
-            "look at --checkpoint_key, --arch and --patch_size"
-        )
-
-
-def _shape(tensor):
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _few(names):
-    return _listed(list(names), most=4)
-
-
-def _listed(names, most=8):
-    more = f" and {len(names) - most} more, {len(names)} in all" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _load_strictly(module, state, what):
-    _check_fits(module, state, what)
+    check_fits(module, state, what)
     module.load_state_dict(state)
 
 
@@ -563,9 +537,9 @@ def _say(path, settings, others, notes, left_out):
     """The one line on what was read, assumed and left out."""
     if utils.rank() > 0:
         return
-    key = [f"{settings['checkpoint_key']}, not {_listed(others)} (--checkpoint_key)"] if others else []
+    key = [f"{settings['checkpoint_key']}, not {listed(others)} (--checkpoint_key)"] if others else []
     beside = Counter(name.split(".")[0] for name in left_out)
-    left = [f"left out: {_listed([_counted(*pair) for pair in beside.items()])}"] if beside else []
+    left = [f"left out: {listed([_counted(*pair) for pair in beside.items()])}"] if beside else []
     line = f"{path}: " + "; ".join([*key, ", ".join([settings["arch"], *notes]), *left])
     print(utils.one_line(line, 600), file=sys.stderr)
 

@@ -384,3 +384,35 @@ def _is_moco(network):
 def method_of(network, arch):
     """The `Method` that made a network, or None where its names do not tell."""
     return next((method for method in METHODS if method.is_by(network, str(arch))), None)
+
+
+# ---- whether a network's tensors are a backbone's --------------------------------------------------------------------
+
+
+def check_fits(module, state, what):
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    misshaped = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if missing or unexpected or misshaped:
+        matched = len(own) - len(missing) - len(misshaped)
+        shapes = [f"{name} {shape_of(state[name])} instead of {shape_of(own[name])}" for name in misshaped]
+        problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        details = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        raise UserError(
+            f"{what}: {matched} of {len(own)} tensors match, so nothing was loaded; {details}; "
+            "look at --checkpoint_key, --arch and --patch_size"
+        )
+
+
+def shape_of(tensor):
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def few(names):
+    return listed(list(names), most=4)
+
+
+def listed(names, most=8):
+    more = f" and {len(names) - most} more, {len(names)} in all" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
