@@ -17,12 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.optim import Lars
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from monitor import plot_views
 from objective import features_of_views
-from utils import PRECISIONS, RunFailed, UserError, rank, reaching_peers, seed_everything, world_size
+from utils import (
+    PRECISIONS,
+    RunFailed,
+    UserError,
+    parameter_groups,
+    rank,
+    reaching_peers,
+    seed_everything,
+    world_size,
+)
 
 # places of draws that no seed of (seed, step, rank) has: numpy pads with zeros, (seed, step) is (seed, step, 0)
 JOINT, OWN_DRAWS = 2**32, 1
@@ -191,3 +201,19 @@ def refuse_batch_norm(args, backbone, accum_steps):
                 f"--accum_steps {accum_steps}: {name} of --arch {args.arch} is a batch norm, which would see each "
                 "micro-batch alone; take a backbone without (vit_*, resnet8, convnext_*) or --accum_steps 1"
             )
+
+
+# ---- what moves the parameters by their gradients --------------------------------------------------------------------
+
+
+def build_optimizer(args, model):
+    groups = parameter_groups(model)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if args.optimizer == "lars":
+        return Lars(groups, lr=0.0, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        # else a first step that is skipped leaves the momentum as the memory happened to be (torch 2.14)
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -143,8 +143,8 @@ def resolve_augmentation_defaults(args):
     if args.global_crops_scale is None:
         args.global_crops_scale = PRESETS[args.augmentation]["global_crops_scale"]
     if args.local_crops_size is None:
-        patches = round(args.img_size * 96 / 224 / args.patch_size)
-        args.local_crops_size = args.patch_size * max(1, patches)
+        patch_size = args.patch_size or 16  # of --init_from's file, which is not read yet
+        args.local_crops_size = patch_size * max(1, round(args.img_size * 96 / 224 / patch_size))
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if low > high:

@@ -23,6 +23,7 @@ import vision_transformer
 from utils import Number, UserError, all_gather_rows, one_line, positive
 
 ARCHS = (*vision_transformer.ARCHS, "resnet8", "resnet18")
+ARCH, PATCH_SIZE = "vit_small", 16  # of a run that names none
 RESNET8_WIDTH = 128  # Table 5 of arXiv 2410.04959 leaves it open: 128 in its runs, 256 for CIFAR-100
 VIT_DROP_PATH_RATE = 0.1  # DINO's
 
@@ -31,31 +32,34 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `build_backbone` takes; names and defaults are DINO's."""
     parser.add_argument(
         "--arch",
-        default="vit_small",
+        default=None,
         metavar="NAME",
         help=f"backbone: {', '.join(ARCHS)}, or any timm name. vit_mini, resnet8 and resnet18 are for images of about "
         "32 px. A backbone with a parameter that gets no gradient cannot be trained with several processes (default: "
-        "%(default)s)",
+        f"{ARCH}, or that of --init_from)",
     )
     parser.add_argument(
+        "--init_from",
         "--pretrained",
+        dest="init_from",
         default=None,
-        metavar="FILE",
-        help="start from the backbone in this file, of any kind that the evaluations open; the file tells its --arch "
-        "and --patch_size (default: start from random weights)",
+        metavar="FILE[:KEY]",
+        help="start from the backbone in this file, of any kind that the evaluations open; KEY, such as teacher or "
+        "student, chooses among several. The file tells --arch and --patch_size; another --patch_size or --in_chans "
+        "is made from the file's, and said. A run that goes on does not read it (default: start from random weights)",
     )
     parser.add_argument(
         "--num_heads",
         type=positive(int),
         default=None,
-        help="attention heads of a ViT (default: those of --arch, or of --pretrained)",
+        help="attention heads of a ViT (default: those of --arch, or of --init_from)",
     )
     parser.add_argument(
         "--patch_size",
         type=Number(int, least=1, most=2**15),
-        default=16,
+        default=None,
         help="side of a ViT's patches in pixels; 8 is better and about 5 times slower; for 32 px images use 4 "
-        "(default: %(default)s)",
+        f"(default: {PATCH_SIZE}, or that of --init_from)",
     )
     parser.add_argument(
         "--drop_path_rate",
@@ -75,6 +79,15 @@ def add_backbone_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         help="recompute activations in the backward pass: much less memory for about a third more time",
     )
+
+
+def resolve_backbone_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in, in place, --arch and --patch_size that were not given, unless the file of --init_from will tell them;
+    returns args."""
+    if args.init_from is None:
+        args.arch = ARCH if args.arch is None else args.arch
+        args.patch_size = PATCH_SIZE if args.patch_size is None else args.patch_size
+    return args
 
 
 def new_backbone(args: argparse.Namespace) -> nn.Module:

@@ -326,7 +326,7 @@ def check_moments(optimizer):
 # flags that another machine or another mood may change without changing the result; the fingerprint knows of images,
 # whatever --data_path and --class_list are called, and --head_impl auto may choose otherwise on other processes
 FREE_FLAGS = {
-    "class_list", "head_impl",
+    "class_list", "head_impl", "init_from",
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
     "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
     "grad_checkpointing", "batch_size_per_gpu", "accum_steps", "codes_storage",

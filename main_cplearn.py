@@ -27,13 +27,27 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from timm.optim import Lars
 from torch import nn
 
 import augmentation
 import data
-from accumulation import Ahead, FirstHalf, backward_of_joint_batch, pass_through, refuse_batch_norm, wrap
-from backbones import add_backbone_arguments, check_crop_sizes, compile_backbone, lay_out, new_backbone
+from accumulation import (
+    Ahead,
+    FirstHalf,
+    backward_of_joint_batch,
+    build_optimizer,
+    pass_through,
+    refuse_batch_norm,
+    wrap,
+)
+from backbones import (
+    add_backbone_arguments,
+    check_crop_sizes,
+    compile_backbone,
+    lay_out,
+    new_backbone,
+    resolve_backbone_defaults,
+)
 from batch_norm import convert_sync_batchnorm
 from checkpoint import (
     buffers_before_step,
@@ -50,8 +64,7 @@ from checkpoint import (
     share_of_batch,
 )
 from cplearn_head import CPLearn, CPLearnHead
-from evaluation import extract_features
-from evaluation.knn import knn_accuracy, search_by_torch
+from evaluation.knn import knn_of_run
 from fused_loss import choose_loss
 from images import ImageSet, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
@@ -73,7 +86,6 @@ from utils import (
     make_folder,
     not_negative,
     on_rank_zero,
-    parameter_groups,
     positive,
     rank,
     seed_everything,
@@ -98,7 +110,7 @@ def get_args_parser(objectives=OBJECTIVES):
         "main_cplearn.py",
         "Pretrain a backbone without labels by CPLearn, or by one of the systems it is compared with.",
         DINO_ONLY,
-        resolve=lambda args: resolve_objective(args, objectives),
+        resolve=lambda args: resolve_objective(resolve_backbone_defaults(args), objectives),
     )
     data.add_dataset_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
@@ -407,31 +419,12 @@ def finish_epoch(run, step):
         save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
         # what fails on one of several processes ends them all: the others are inside a collective
         with run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
-            found = knn(run, step)
+            found = knn_of_run(run, step)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
     if last or copy_is_due(run, step):  # else the clock decides
         save(run, step, stopping=last)
     run.log.draw(last)
-
-
-def knn(run, step):
-    """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
-    args = run.args
-    settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
-    settings |= {"batch_size": run.batch_size, "rank": rank(), "world_size": world_size(), "device": run.device}
-    evaluated = getattr(run.model.objective, "teacher", run.model).backbone  # as in a checkpoint
-    matrices = []
-    for images in (run.loader.images, run.val_images):
-        batches = run.watch.each(data.eval_batches(images, **settings), step)
-        features, _ = extract_features(evaluated, batches, len(images), run.device, args.precision)
-        matrices += [features, torch.as_tensor(images.labels)]
-    k = min(20, len(run.loader.images))
-    search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch
-    with run.watch.paused():
-        (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
-    run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %")
-    return {"knn_top1": accuracy["top1"]}
 
 
 def describe(run, step):
@@ -517,7 +510,7 @@ def build_run(args):
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device, accum_steps=accum_steps)
     total_steps = min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize)
     seed_everything(args.seed)
-    model = build_model(args, Course(device, batch_size, accum_steps, loader.steps_per_epoch, total_steps))
+    model = build_model(args, Course(device, batch_size, accum_steps, loader.steps_per_epoch, total_steps), earlier)
     check_crop_sizes(args, model.backbone)
     if accum_steps > 1:
         refuse_batch_norm(args, model.backbone, accum_steps)
@@ -545,8 +538,8 @@ def build_run(args):
     )
 
 
-def build_model(args, course):
-    backbone = load_backbone(args) if args.pretrained else new_backbone(args)
+def build_model(args, course, earlier=None):
+    backbone = new_backbone(args) if args.init_from is None else load_backbone(args, earlier)
     build = build_cplearn if args.objective == "cplearn" else OBJECTIVES[args.objective].from_args
     with fitting_in_memory(args):
         return convert_sync_batchnorm(Model(backbone, build(args, backbone, course)))
@@ -575,19 +568,6 @@ def build_cplearn(args, backbone, course):
     return CPLearn(
         head, args.beta, args.prior, NUM_GLOBAL, args.prior_scope, loss_function, batch_size=course.batch_size
     )
-
-
-def build_optimizer(args, model):
-    groups = parameter_groups(model)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    if args.optimizer == "lars":
-        return Lars(groups, lr=0.0, momentum=0.9)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-    for parameter in (p for group in groups for p in group["params"]):
-        # else a first step that is skipped leaves the momentum as the memory happened to be (torch 2.14)
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 def check_arguments(args, device):

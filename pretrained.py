@@ -14,14 +14,13 @@ Shapes: B images per batch, D backbone width, K codes.
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import re
-import reprlib
 import sys
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import safetensors
 import safetensors.torch
@@ -31,22 +30,26 @@ from torch import nn
 
 import images
 import utils
-from backbones import add_backbone_arguments, build_backbone
+from backbones import build_backbone
 from baselines import BASELINES
 from checkpoint import load_checkpoint
-from cplearn_head import ACTIVATIONS, CPLearn
+from cplearn_head import CPLearn
 from utils import PRECISIONS, UserError, choose_precision, positive
 from vision_transformer import ARCHS, VisionTransformer
 from weight_layouts import (
     BESIDE,
+    UNTOLD,
+    channels_read,
     check_fits,
     choose_network,
     few,
     find_networks,
+    fit_shapes,
     is_our_vit,
     labels,
     listed,
     method_of,
+    saved_settings,
     shape_settings,
     tensor_dicts,
     unwrapped_names,
@@ -180,8 +183,18 @@ def load_pretrained(
     too few or of another shape than the backbone's; the message says how many of how many fit.
     """
     given = {"arch": arch, "patch_size": patch_size, "img_size": img_size, "in_chans": in_chans, "num_heads": num_heads}
+    with _naming(path):
+        model, found = _load(path, checkpoint_key, given, random_weights, training)
+    if found and (not found.is_ours or found.left_out):  # ours says all of it, and holds one model
+        _say(path, model.settings, found)
+    return model
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """Inside, what fails is the file's fault, and said in one line that names it."""
     try:
-        return _load(path, checkpoint_key, given, random_weights, training)
+        yield
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -190,47 +203,109 @@ def load_pretrained(
         raise UserError(f"{path}: its settings and tensors do not fit together: {reason}") from error
 
 
-def load_backbone(args: argparse.Namespace) -> nn.Module:
-    """The backbone in the file args.pretrained, to be trained on; args: the flags of `add_backbone_arguments`.
+def load_backbone(args: argparse.Namespace, earlier: dict | None = None) -> nn.Module:
+    """The backbone in the file args.init_from, to be trained on; args: resolved flags of a run. Of a run that goes on
+    from the checkpoint `earlier` the backbone is that checkpoint's, and args.init_from is not read.
 
-    Sets args.arch, .patch_size and .num_heads to the file's, so that a checkpoint says what it holds. The default
-    --arch and --patch_size give way to the file; others must fit it."""
-    parser = argparse.ArgumentParser()
-    add_backbone_arguments(parser)
-    typed = {name: getattr(args, name) for name in ("arch", "patch_size")}
-    given = {name: value for name, value in typed.items() if value != parser.get_default(name)}
+    Sets args.arch, .patch_size and .num_heads to the file's, and .backbone_parts to what neither names nor shapes tell,
+    so that a checkpoint says what it holds. --arch and --num_heads that were given must fit the file; for another
+    --patch_size or --in_chans weights are made from the file's (`weight_layouts.fit_shapes`). Three printed lines say
+    what was taken, what was not, and what was changed."""
+    path, key = split_key(args.init_from, None) if earlier is None else (earlier["path"], None)
+    given = {"arch": args.arch, "patch_size": None, "img_size": None, "in_chans": None, "num_heads": args.num_heads}
     training = {"drop_path_rate": args.drop_path_rate, "grad_checkpointing": args.grad_checkpointing}
-    model = load_pretrained(args.pretrained, in_chans=args.in_chans, num_heads=args.num_heads, **given, **training)
+    wanted = {"patch_size": args.patch_size, "in_chans": args.in_chans, "width": args.width}
+    try:
+        with _naming(path):
+            model, found = _load(path, key, given, False, training, wanted)
+    except UserError as error:
+        raise UserError(str(error).replace("--checkpoint_key", "--init_from FILE:KEY")) from None
     for name in ("arch", "patch_size", "num_heads"):
         setattr(args, name, model.settings[name] or getattr(args, name))
+    if found.parts:
+        args.backbone_parts = found.parts
+    if utils.rank() == 0:
+        for line in _start(args, path, model, found) if earlier is None else [_not_read(args, path)]:
+            print(utils.one_line(line, 600), flush=True)
     return model.backbone.requires_grad_(True).train()
 
 
-def _load(path, checkpoint_key, given, random_weights, training):
+def split_key(path, checkpoint_key):
+    """ "dino.pth:student" -> ("dino.pth", "student"); any other path -> (path, checkpoint_key)."""
+    file, _, key = path.rpartition(":")
+    return (file, key) if file and not os.path.exists(path) and os.path.exists(file) else (path, checkpoint_key)
+
+
+@dataclass
+class _Found:
+    """What loading found beside the model: what is said of it."""
+
+    is_ours: bool
+    others: list  # labels of the file's other networks
+    notes: list
+    left_out: list  # names of tensors
+    changed: list  # weights that were made from the file's, in words
+    parts: dict  # arguments of the constructor that neither names nor shapes tell
+
+
+def _load(path, checkpoint_key, given, random_weights, training, wanted=None):
+    """(model, what was found beside it; None for random weights). wanted: what the network is to become."""
     checkpoint = _read(path)
-    saved = _saved_settings(checkpoint, path)
+    saved = saved_settings(checkpoint, path)
     networks = _find_networks(checkpoint, given["arch"] or saved.get("arch"))
     network, label = choose_network(networks, checkpoint_key)
     shapes = shape_settings(network)
     settings, options, notes = _settings(network, shapes, given, saved)
-    with torch.device("meta"):  # takes no memory: a small file may name a large backbone
-        skeleton = build_backbone(**options)
+    if wanted is not None and settings["in_chans"] is None:
+        options["in_chans"] = settings["in_chans"] = channels_read(network.state, partial(_on_meta, options))
+    skeleton = _on_meta(options)
     settings |= {"patch_size": _patch_size(skeleton), "num_heads": _num_heads(skeleton)}
     _check_img_size(settings)
     if random_weights:
-        return PretrainedModel(build_backbone(**options), None, settings | {"objective": None})
+        return PretrainedModel(build_backbone(**options), None, settings | {"objective": None}), None
     state, left_out = _fit(skeleton, network.state)
-    check_fits(skeleton, state, f"{path}: {'.'.join([*network.path, ''])}{settings['arch']}")
+    told = shapes.get("arch") or saved.get("arch")
+    is_other = told not in (None, settings["arch"])
+    other = f"--arch {settings['arch']} does not fit, the file's is {told}: " if is_other else ""
+    check_fits(skeleton, state, f"{path}: {other}{'.'.join([*network.path, ''])}{settings['arch']}")
+    changed = []
+    if wanted is not None:
+        options = _as_wanted(options, settings, wanted)
+        state, changed = fit_shapes(state, _on_meta(options).state_dict())
     backbone = build_backbone(**options, **training)
     backbone.load_state_dict(state)
     head, of_head = _build_head(backbone.embed_dim, network.siblings, saved, path)
     epoch = checkpoint.get("epoch")
     settings |= {"checkpoint_key": label, "epoch": epoch if isinstance(epoch, int) else None}
+    settings["patch_size"] = _patch_size(backbone)
     others = [name for each, name in zip(networks, labels(networks), strict=True) if each is not network]
     left_out += [name for name in network.siblings if name not in of_head and name.split(".")[0] not in others]
-    if not str(checkpoint.get("format")).startswith("cplearn") or left_out:  # ours says all of it, and holds one model
-        _say(path, settings, others, [*_facts(backbone), *notes], left_out)
-    return PretrainedModel(backbone, head, settings)
+    is_ours = str(checkpoint.get("format")).startswith("cplearn")
+    parts = {name: options[name] for name in UNTOLD if name in options}
+    notes = [*_facts(backbone), *notes]
+    return PretrainedModel(backbone, head, settings), _Found(is_ours, others, notes, left_out, changed, parts)
+
+
+def _on_meta(options, **others):
+    with torch.device("meta"):  # takes no memory: a small file may name a large backbone
+        return build_backbone(**options | others)
+
+
+def _as_wanted(options, settings, wanted):
+    """Arguments of `build_backbone` for other patches and channels; the position embedding keeps its grid."""
+    patch_size, in_chans, width = (wanted[name] for name in ("patch_size", "in_chans", "width"))
+    options = options | {"in_chans": in_chans}
+    if width is not None and width != options.get("width", width):
+        raise UserError(f"--width {width}: the file's backbone has {options['width']}; leave it out")
+    before = settings["patch_size"]
+    if before is None or patch_size in (None, before):
+        return options
+    if settings["arch"] not in ARCHS:
+        raise UserError(
+            f"--patch_size {patch_size}: {settings['arch']} has patches of {before} px by its name; of the ViTs "
+            f"{', '.join(ARCHS)} others can be made"
+        )
+    return options | {"patch_size": patch_size, "img_size": options["img_size"] // before * patch_size}
 
 
 def _find_networks(checkpoint, arch):
@@ -262,6 +337,7 @@ def _settings(network, shapes, given, saved):
     parts = dict(shapes.get("parts", {})) if settings["arch"] == shapes.get("arch") else {}
     if parts and saved.get("norm_eps"):
         parts["norm_eps"] = saved["norm_eps"]
+    parts |= saved.get("backbone_parts") or {}
     heads = _known_heads(settings["arch"], given, saved, method)
     if heads is not None:
         parts["num_heads"] = heads
@@ -367,75 +443,6 @@ def _read(path):
     return checkpoint
 
 
-def _saved_settings(checkpoint, path):
-    """What the file says: its `args` (a dict in ours, an argparse.Namespace in DINO's), else the config.json beside."""
-    args = checkpoint.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    args = args if isinstance(args, dict) else _config_beside(path)
-    for name, (is_plausible, expected) in PLAUSIBLE.items():
-        if args.get(name) is not None and not is_plausible(args[name]):
-            raise UserError(f"{path}: its {name} is {reprlib.repr(args[name])}, expected {expected}")
-    return args
-
-
-def _is_side(value):
-    return type(value) is int and 0 < value < 2**15
-
-
-def _are_numbers(values):
-    return isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-
-
-# what a file may say of itself
-PLAUSIBLE = {
-    "arch": (lambda value: isinstance(value, str), "a name"),
-    "dataset": (lambda value: isinstance(value, str), "a name"),
-    "objective": (lambda value: isinstance(value, str), "a name"),
-    "activation": (lambda value: value in ACTIVATIONS, f"one of {ACTIVATIONS}"),
-    "bare_head": (lambda value: isinstance(value, bool), "true or false"),
-    "patch_size": (_is_side, "pixels"),
-    "img_size": (_is_side, "pixels"),
-    "in_chans": (_is_side, "a number of channels"),
-    "num_heads": (_is_side, "a number of heads"),
-    "norm_eps": (lambda value: type(value) is float and 0 < value < 1, "a small number"),
-    "mean": (_are_numbers, "a number per channel"),
-    "std": (_are_numbers, "a number per channel"),
-    "value_range": (_are_numbers, "two numbers"),
-}
-
-
-def _config_beside(path):
-    """The config.json in the file's folder, timm's or transformers', under our names; empty without one. `dataset` is
-    export_backbone's. transformers keeps mean and std in a second file."""
-    config = _json_beside(path, "config.json")
-    if not config:
-        return {}
-    pixels = _json_beside(path, "preprocessor_config.json")
-    try:
-        cfg = config.get("pretrained_cfg", {})
-        size = cfg.get("input_size", (config.get("num_channels"), config.get("image_size")))
-        heads = config.get("model_args", {}).get("num_heads", config.get("num_attention_heads"))
-        return {"arch": config.get("architecture"), "in_chans": size[0], "img_size": size[-1], "num_heads": heads,
-                "mean": cfg.get("mean", pixels.get("image_mean")), "std": cfg.get("std", pixels.get("image_std")),
-                "norm_eps": config.get("layer_norm_eps"), "dataset": config.get("dataset"),
-                "source": "config.json"}  # fmt: skip
-    except (AttributeError, LookupError, TypeError) as error:
-        file = Path(path).with_name("config.json")
-        raise UserError(f"{file}: not a config.json as timm writes it ({error})") from error
-
-
-def _json_beside(path, name):
-    file = Path(path).with_name(name)
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-        content.keys()
-        return content
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a {name} as timm writes it ({error})") from error
-
-
 def _first_known(given, certain, saved, shapes):
     """Settings by the first source that has them. Shapes give our name to a ViT of many names (deit_small,
     vit_small_patch16_224); they do not tell the size of images, only that of the position embedding."""
@@ -533,15 +540,56 @@ WEIGHT_NORM = {"original0": "last_layer.weight_g", "original1": "last_layer.weig
 # ---- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def _say(path, settings, others, notes, left_out):
+def _say(path, settings, found):
     """The one line on what was read, assumed and left out."""
     if utils.rank() > 0:
         return
-    key = [f"{settings['checkpoint_key']}, not {listed(others)} (--checkpoint_key)"] if others else []
-    beside = Counter(name.split(".")[0] for name in left_out)
-    left = [f"left out: {listed([_counted(*pair) for pair in beside.items()])}"] if beside else []
-    line = f"{path}: " + "; ".join([*key, ", ".join([settings["arch"], *notes]), *left])
+    key = [f"{settings['checkpoint_key']}, not {listed(found.others)} (--checkpoint_key)"] if found.others else []
+    left = [f"left out: {_beside(found.left_out)}"] if found.left_out else []
+    line = f"{path}: " + "; ".join([*key, ", ".join([settings["arch"], *found.notes]), *left])
     print(utils.one_line(line, 600), file=sys.stderr)
+
+
+def _start(args, path, model, found):
+    """Three lines on a run that starts from the file."""
+    settings, count = model.settings, len(model.backbone.state_dict())
+    of_key = f" of its {settings['checkpoint_key']}" if settings["checkpoint_key"] else ""
+    not_taken = [*found.others, *([_beside(found.left_out)] if found.left_out else [])]
+    not_taken += ["the head"] if model.head is not None else []
+    changed = found.changed + _other_positions(args, model.backbone) + _other_pixels(args, settings)
+    return [
+        f"--init_from {path}: taken: {count} of {count} tensors{of_key}; {', '.join([settings['arch'], *found.notes])}",
+        f"--init_from: not taken: {'; '.join(not_taken) or 'nothing'}",
+        f"--init_from: changed: {'; '.join(changed) or 'nothing'}",
+    ]
+
+
+def _not_read(args, path):
+    return f"--init_from {args.init_from}: not read, the run goes on from {path}"
+
+
+def _other_positions(args, backbone):
+    """In words, where a ViT's position embedding is made for another number of patches than the run's images have."""
+    positions, patch_size = getattr(backbone, "pos_embed", None), _patch_size(backbone)
+    if getattr(positions, "ndim", 0) != 3 or not patch_size:
+        return []
+    own, now = math.isqrt(positions.shape[1]), args.img_size // patch_size
+    return [f"positions of {own}x{own} patches, interpolated (bicubic) to {now}x{now} in each pass"] * (own != now)
+
+
+def _other_pixels(args, settings):
+    """In words, where the file says that its pixels were normalised otherwise than the run's."""
+    then = [(name, settings[name], getattr(args, name)) for name in ("mean", "std")]
+    differ = [(name, old, new) for name, old, new in then if old is not None and list(old) != list(new)]
+    return [f"--{name} is {_numbers(new)}, the file's {_numbers(old)}" for name, old, new in differ]
+
+
+def _numbers(values):
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _beside(left_out):
+    return listed([_counted(*pair) for pair in Counter(name.split(".")[0] for name in left_out).items()])
 
 
 def _counted(name, number):

@@ -1,4 +1,5 @@
-"""Which tensors of a file are which of a backbone's: names in released files -> our names, which are DINO's and timm's.
+"""Which tensors of a file are which of a backbone's: names in released files -> our names, which are DINO's and timm's;
+what a file says of itself beside them; and weights in the shapes of other images.
 
     networks = find_networks(checkpoint)          # every backbone in the file, wherever its names begin
     network.state                                 # {our name: tensor}
@@ -10,16 +11,22 @@ words are not listed: a backbone begins wherever a tensor stands that every back
 Nothing is built here; a file in none of these layouts is compared with the names of the backbone that --arch tells.
 """
 
+import argparse
 import functools
 import itertools
+import json
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from timm.layers import resample_patch_embed
 
+from cplearn_head import ACTIVATIONS
 from utils import UserError
 
 WRAPPERS = re.compile(  # parts of a name that wrap a module without being one of its own
@@ -119,6 +126,94 @@ class Network:
     def words(self):
         """The parts of its path, and what they are made of: student_backbone -> student_backbone, student, backbone."""
         return {*self.path, *(word for part in self.path for word in part.split("_"))}
+
+
+# ---- what a file says of itself --------------------------------------------------------------------------------------
+
+
+def saved_settings(checkpoint, path):
+    """What the file says: its `args` (a dict in ours, an argparse.Namespace in DINO's), else the config.json beside."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else _config_beside(path)
+    for name, (is_plausible, expected) in PLAUSIBLE.items():
+        if args.get(name) is not None and not is_plausible(args[name]):
+            raise UserError(f"{path}: its {name} is {reprlib.repr(args[name])}, expected {expected}")
+    return args
+
+
+def _is_side(value):
+    return type(value) is int and 0 < value < 2**15
+
+
+def _are_numbers(values):
+    return isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+
+
+def _is_eps(value):
+    return type(value) is float and 0 < value < 1
+
+
+# parts of a ViT that neither names nor shapes tell: our checkpoints keep them in their settings
+UNTOLD = {
+    "norm_eps": _is_eps,
+    "global_pool": lambda value: value in ("avg", "token"),
+}
+
+
+def _are_untold(value):
+    return isinstance(value, dict) and all(name in UNTOLD and UNTOLD[name](each) for name, each in value.items())
+
+
+# what a file may say of itself
+PLAUSIBLE = {
+    "arch": (lambda value: isinstance(value, str), "a name"),
+    "dataset": (lambda value: isinstance(value, str), "a name"),
+    "objective": (lambda value: isinstance(value, str), "a name"),
+    "activation": (lambda value: value in ACTIVATIONS, f"one of {ACTIVATIONS}"),
+    "bare_head": (lambda value: isinstance(value, bool), "true or false"),
+    "patch_size": (_is_side, "pixels"),
+    "img_size": (_is_side, "pixels"),
+    "in_chans": (_is_side, "a number of channels"),
+    "num_heads": (_is_side, "a number of heads"),
+    "norm_eps": (_is_eps, "a small number"),
+    "mean": (_are_numbers, "a number per channel"),
+    "std": (_are_numbers, "a number per channel"),
+    "value_range": (_are_numbers, "two numbers"),
+    "backbone_parts": (_are_untold, f"a dict of {', '.join(UNTOLD)}"),
+}
+
+
+def _config_beside(path):
+    """The config.json in the file's folder, timm's or transformers', under our names; empty without one. `dataset` is
+    export_backbone's. transformers keeps mean and std in a second file."""
+    config = _json_beside(path, "config.json")
+    if not config:
+        return {}
+    pixels = _json_beside(path, "preprocessor_config.json")
+    try:
+        cfg = config.get("pretrained_cfg", {})
+        size = cfg.get("input_size", (config.get("num_channels"), config.get("image_size")))
+        heads = config.get("model_args", {}).get("num_heads", config.get("num_attention_heads"))
+        return {"arch": config.get("architecture"), "in_chans": size[0], "img_size": size[-1], "num_heads": heads,
+                "mean": cfg.get("mean", pixels.get("image_mean")), "std": cfg.get("std", pixels.get("image_std")),
+                "norm_eps": config.get("layer_norm_eps"), "dataset": config.get("dataset"),
+                "source": "config.json"}  # fmt: skip
+    except (AttributeError, LookupError, TypeError) as error:
+        file = Path(path).with_name("config.json")
+        raise UserError(f"{file}: not a config.json as timm writes it ({error})") from error
+
+
+def _json_beside(path, name):
+    file = Path(path).with_name(name)
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+        content.keys()
+        return content
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a {name} as timm writes it ({error})") from error
 
 
 # ---- a file -> its networks ------------------------------------------------------------------------------------------
@@ -416,3 +511,39 @@ def few(names):
 def listed(names, most=8):
     more = f" and {len(names) - most} more, {len(names)} in all" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+# ---- a network's weights for another form of images ------------------------------------------------------------------
+
+
+def fit_shapes(state, own):
+    """(the state dict, its weights in the shapes of `own`; what was changed, in words, one entry per tensor).
+
+    own: a state dict under the same names, of a network that reads other patches or other channels.
+    Channels: the mean over the file's, for each of C', times C / C': an image whose channels are alike gives what it
+        gave before, so that one gray channel is the same as that channel three times.
+    Patches: w' = pinv(B^T) w, where B resizes a patch (bicubic, antialiased). Of a larger patch the token is exactly
+        that of the small one it was enlarged from, of a smaller one nearly so, in the mean over patches of white noise.
+        Resizing w itself would change a token's length with the number of pixels. FlexiViT, arXiv 2212.08013."""
+    fitted, changed = {}, []
+    for name, weight in state.items():
+        shape, why = own[name].shape, []
+        if weight.ndim == 4 == len(shape) and weight.shape[1] != shape[1]:
+            why.append(f"the mean of {weight.shape[1]} channels x {weight.shape[1]}/{shape[1]}")
+            weight = weight.mean(1, keepdim=True).mul(weight.shape[1] / shape[1]).repeat(1, shape[1], 1, 1)
+        if weight.ndim == 4 == len(shape) and weight.shape[2:] != shape[2:]:
+            why.append("the pseudo-inverse of bicubic resizing (FlexiViT)")
+            weight = resample_patch_embed(weight.float(), list(shape[2:]))
+        if why:
+            changed.append(f"{name} {shape_of(state[name])} -> {shape_of(weight)} by {', then '.join(why)}")
+        fitted[name] = weight
+    return fitted, changed
+
+
+def channels_read(state, build):
+    """The channels of the images that a network's tensors read, by the layers whose shape depends on them; None where
+    the names are not ours. build: in_chans=... -> a network."""
+    one, two = (build(in_chans=number).state_dict() for number in (1, 2))
+    readers = {name for name in one if one[name].shape != two[name].shape} & state.keys()
+    found = {state[name].shape[1] for name in readers if state[name].ndim == 4}
+    return found.pop() if len(found) == 1 else None

@@ -39,7 +39,7 @@ import pretrained
 import utils
 from backbones import lay_out
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
-from pretrained import PretrainedModel
+from pretrained import PretrainedModel, split_key
 from utils import PRECISIONS, UserError
 from watch import Watch
 
@@ -219,12 +219,6 @@ def baselines(evaluated):
         EvaluatedModel("raw pixels", pixels, copy.copy(args), evaluated.device),
         EvaluatedModel("random weights", untrained, copy.copy(args), evaluated.device),
     ]
-
-
-def split_key(path, checkpoint_key):
-    """ "dino.pth:student" -> ("dino.pth", "student"); any other path -> (path, checkpoint_key)."""
-    file, _, key = path.rpartition(":")
-    return (file, key) if file and not os.path.exists(path) and os.path.exists(file) else (path, checkpoint_key)
 
 
 def short_names(paths):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vision_transformer
-from backbones import add_backbone_arguments, build_backbone, compile_backbone, lay_out
+from backbones import add_backbone_arguments, build_backbone, compile_backbone, lay_out, resolve_backbone_defaults
 from utils import UserError
 
 
@@ -103,11 +103,11 @@ def test_what_cannot_be_is_one_line(arch, options, message):
 def test_flags_build_the_default_backbone():
     parser = argparse.ArgumentParser()
     add_backbone_arguments(parser)
-    args = parser.parse_args([])
+    args = resolve_backbone_defaults(parser.parse_args([]))
     assert (args.arch, args.patch_size, args.drop_path_rate) == ("vit_small", 16, None)
     with torch.device("meta"):
-        assert args.pretrained is None
-        del args.pretrained  # `pretrained.load_backbone` reads it
+        assert args.init_from is None
+        del args.init_from  # `pretrained.load_backbone` reads it
         assert build_backbone(**vars(args)).embed_dim == 384
     assert "vit_small" in parser.format_help()
 

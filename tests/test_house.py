@@ -10,13 +10,13 @@ SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments"
 PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
-    {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "weight_layouts", "objective"}
+    {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "objective"}
     | {"accumulation", "batch_norm", "writer"},
     {"data"},
     {"cplearn_head"},
     {"baselines"},
     {"fused_loss"},  # the fast loss stands on the definition, never the reverse
-    {"pretrained"},
+    {"pretrained", "weight_layouts"},
     {"evaluation", "exports"},
     {"experiments"},
     SCRIPTS,

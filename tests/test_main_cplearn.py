@@ -551,7 +551,7 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     def broken(run, step):
         raise ValueError("no neighbours today")
 
-    monkeypatch.setattr(main_cplearn, "knn", broken)
+    monkeypatch.setattr(main_cplearn, "knn_of_run", broken)
     run(folder, tmp_path / "broken", knn_every=1)
     assert "k-NN failed: ValueError: no neighbours today; going on" in capsys.readouterr().out
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "broken" / "checkpoint.pth")
@@ -559,7 +559,7 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     def killed(run, step):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_cplearn, "knn", killed)
+    monkeypatch.setattr(main_cplearn, "knn_of_run", killed)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "cut", knn_every=1)
     assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == 12

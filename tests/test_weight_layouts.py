@@ -156,9 +156,8 @@ def test_dinov2_giant_has_timm_s_names_and_shapes():
         assert {n: t.shape for n, t in network.state.items()} == {n: t.shape for n, t in built.items()}
 
 
-@pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
-def test_dinov3_under_meta_s_names(arch, tmp_path, capsys):
-    model = timm_model(arch, global_pool="token")
+def by_meta(model):
+    """DINOv3's state dict as its authors' files have it."""
     state = {}
     for name, tensor in model.state_dict().items():
         name = name.replace("reg_token", "storage_tokens")
@@ -169,8 +168,13 @@ def test_dinov3_under_meta_s_names(arch, tmp_path, capsys):
         q, v = (state.pop(f"blocks.{block}.attn.{part}_bias", torch.zeros(384)) for part in "qv")
         state[f"blocks.{block}.attn.qkv.bias"] = torch.cat([q, torch.zeros(384), v])
         state[f"blocks.{block}.attn.qkv.bias_mask"] = torch.cat([torch.ones(384), torch.zeros(384), torch.ones(384)])
-    state |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
-    torch.save(state, tmp_path / "dinov3.pth")
+    return state | {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+def test_dinov3_under_meta_s_names(arch, tmp_path, capsys):
+    model = timm_model(arch, global_pool="token")
+    torch.save(by_meta(model), tmp_path / "dinov3.pth")
     assert_same_features(tmp_path / "dinov3.pth", model, size=64)
     assert "mask_token" in (said := line(capsys))
     assert said.startswith(f"{arch}, 6 heads, patches of 16 px, DINOv3's layout")
@@ -515,15 +519,15 @@ def test_a_run_starts_from_released_weights(tmp_path):
 
 def test_flags_that_are_not_the_file_s_are_refused(small, tmp_path):
     torch.save(small[0].state_dict(), tmp_path / "vit.pth")
-    words = ["--pretrained", str(tmp_path / "vit.pth"), "--drop_path_rate", "0.3"]
+    words = ["--init_from", str(tmp_path / "vit.pth"), "--drop_path_rate", "0.3"]
     parser = main_cplearn.get_args_parser()
     args = parser.parse_args(words)
-    args.in_chans = 3
+    args.in_chans, args.img_size = 3, 32
     backbone = load_backbone(args)
     assert (args.arch, args.patch_size, args.num_heads) == ("vit_tiny", 16, 3)
     assert backbone.training and all(parameter.requires_grad for parameter in backbone.parameters())
     assert backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     args = parser.parse_args([*words, "--arch", "vit_base"])
     args.in_chans = 3
-    with pytest.raises(UserError, match="vit_base: "):
+    with pytest.raises(UserError, match="--arch vit_base does not fit, the file's is vit_tiny: vit_base: "):
         load_backbone(args)
