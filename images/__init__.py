@@ -2,18 +2,22 @@
 
     images = open_dataset(args, split)                   # .labels, .classes, len(), .summary; pixels on demand
     images = open_folder("imagenet", "train")            # the same without flags
-    load_image("cat.jpg")                                # uint8 (3, H, W), upright: decoding.py
+    load_image("cat.jpg")                                # uint8 (3, H, W), upright: reading.py
 
 What a set of images is to those who read it: sets.py.
 """
 
+import argparse
+import itertools
+import os
 import sys
 
 import numpy as np
 
 import utils
-from images.decoding import BadImage, first_line, load_image
+from images.decoding import BadImage, first_line
 from images.folders import enumeration, find_images, read_text
+from images.reading import PAGES, PLAIN, Reading, load_image, pages_of
 from images.sets import ArrayImages, FolderImages, ImageSet
 from images.small_sets import open_small_set
 from utils import UserError
@@ -42,6 +46,28 @@ def add_image_arguments(parser):
         help="raw values that become black and white in images of more than 8 bits, such as 0 4095 for 12 bits kept in "
         "16; floats, 32-bit and signed integers need it. Default: 0 65535 for 16 bits",
     )
+    parser.add_argument(
+        "--pages",
+        choices=PAGES,
+        default=None,
+        help="of a TIFF or DICOM file of several: the first page is the image, or each page is one of its channels, or "
+        "each is an image of its own (of an .npy then the first axis counts images). Default: first for 1 and 3 "
+        "channels, else channels",
+    )
+    parser.add_argument(
+        "--float_pixels",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep what images have beyond 256 levels, as float32, four times the bytes between workers and device. "
+        "Default: not for 1 and 3 channels, whose 16-bit images are rounded to 256 levels",
+    )
+
+
+def reading_of(args):
+    """How --value_range, --pages, --float_pixels and --in_chans say that files are read."""
+    pages, floats = (getattr(args, name, None) for name in ("pages", "float_pixels"))
+    channels = 3 if args.in_chans == 1 else args.in_chans
+    return Reading(check_range(getattr(args, "value_range", None)), pages, floats, channels)
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------
@@ -57,21 +83,28 @@ def open_dataset(args, split="train"):
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
     if args.dataset == "imagefolder":
-        images = open_folder(args.data_path, split, check_range(getattr(args, "value_range", None)))
+        images = open_folder(args.data_path, split, reading_of(args))
     else:
         images = open_small_set(args.dataset, args.data_path, split)
     if args.class_list:
         images = keep_classes(images, args.class_list)
+    if images.data is None:
+        images.check_range_is_known()
     if utils.rank() == 0:
         print("\n".join([f"{split}: {images.summary}", *images.notes()]), file=sys.stderr)  # stdout is for tables
     return images
 
 
-def open_folder(path, split="train", value_range=None):
+def open_folder(path, split="train", reading=PLAIN):
     """FolderImages of a split of a folder, or of a text file that lists images; see folders.py and `load_image`."""
     found = find_images(path, split)
-    remarks = [f"of {found.place}", *found.remarks]
-    images = FolderImages(found.root, found.names, found.labels, found.classes, value_range, remarks)
+    remarks, names, labels = [f"of {found.place}", *found.remarks], found.names, found.labels
+    if reading.pages == "images":
+        pages = [pages_of(os.path.join(os.fsencode(found.root), name), name) for name in names]
+        labels = None if labels is None else np.repeat(labels, list(map(len, pages)))
+        names = list(itertools.chain.from_iterable(pages))
+        remarks.append(f"each page of {len(found.names)} files")
+    images = FolderImages(found.root, names, labels, found.classes, reading, remarks)
     if not any(images.look_at_some(20)):
         raise UserError(f"--data_path {path}: none of its images is there, such as {images.name(0)}")
     return images

@@ -1,6 +1,6 @@
-"""A file -> pixels: uint8, upright, in colour or gray.
+"""What Pillow opens -> pixels: uint8, upright, in colour or gray.
 
-    load_image("cat.jpg")                                # uint8 (3, H, W)
+    decode(content, 3, None)                             # uint8 (3, H, W), of the bytes of a file
 
 Shapes: C channels, H x W px.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 
@@ -23,64 +23,51 @@ class BadImage(Exception):
     """A file that is not a whole, readable image."""
 
 
-def load_image(path, channels=3, value_range=None):
-    """A file, or its content as bytes -> uint8 (channels, H, W), upright; channels 3 (RGB) or 1 (luma).
-
-    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, of any colour mode; alpha is dropped, as in DINO;
-    orientation is what PIL reads; of an animation the first frame. What stands beside the pixels (text, profiles, EXIF)
-    may be damaged or huge.
-    value_range: (low, high), the raw values that become 0 and 255 in an image of more than 8 bits; None: 16-bit values
-    are scaled from 0 to 65535, and 32-bit ones are refused.
-    Raises BadImage if the file is missing, damaged, truncated or declares more pixels than PIL thinks safe.
-    """
-    try:
-        data = read_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
-            try:
-                return decode(data, channels, value_range)
-            except BadImage:
-                raise
-            except Exception:
-                bare = without_extras(data)
-                if bare is None:
-                    raise
-            return decode(bare, channels, value_range)
-    except BadImage:
-        raise
-    except UnidentifiedImageError as error:  # PIL's own words name an object in memory
-        raise BadImage(f"not an image of any known format ({', '.join(known_formats())})") from error
-    except Exception as error:  # decoders raise nearly every type there is on a damaged file
-        raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
-
-
 def read_file(path):
-    """The content of a regular file: a pipe would wait for ever, a device has no end. Content itself stays."""
-    if isinstance(path, bytes):
-        return path
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
+    """The content of a regular file."""
+    check_regular(path)
+    return Path(path).read_bytes()
+
+
+def check_regular(path):
+    """A pipe would wait for ever, a device has no end."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
         raise BadImage("not a regular file but a directory, pipe or device")
-    return path.read_bytes()
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
 
 # whatever a file is called. Not all that PIL knows: for PostScript it starts the program gs
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF", "TGA", "ICO")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF", "TGA", "ICO", "HEIF")
 
 
 @functools.cache
 def known_formats():
-    """The FORMATS that PIL can read here: AVIF, WebP and JPEG 2000 depend on how it was built."""
+    """The FORMATS that PIL can read here: AVIF, WebP and JPEG 2000 depend on how it was built, HEIF on pillow-heif."""
     Image.init()
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def known_endings():
     """Endings of the names of files in known_formats(), such as ".jpg"."""
-    formats = {*known_formats(), "MPO"}  # MPO: a JPEG file of several pictures, which PIL reads as JPEG
+    return endings_of({*known_formats(), "MPO"} - {"HEIF"})  # MPO: a JPEG file of several pictures, read as JPEG
+
+
+@functools.cache
+def late_endings():
+    """Endings of the files that are images where no file has one of known_endings(): beside pictures such files are
+    other things, masks and features."""
+    return endings_of({"HEIF"} & {*known_formats()}) | {".npy", ".npz", ".dcm", ".dicom"}
+
+
+def endings_of(formats):
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
@@ -91,6 +78,19 @@ def open_header(data):
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise BadImage(f"declares {width} x {height} px, more than PIL's limit of {Image.MAX_IMAGE_PIXELS} px in all")
     return image
+
+
+def without_harm(decoder, data):
+    """decoder(data); where that fails, of a PNG without what stands beside its pixels."""
+    try:
+        return decoder(data)
+    except BadImage:
+        raise
+    except Exception:
+        bare = without_extras(data)
+        if bare is None:
+            raise
+    return decoder(bare)
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -6,6 +6,8 @@ What a folder is, is told by what stands beside it, never by its name alone, and
 N: images.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import os
 import re
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from images.decoding import known_endings, known_formats
+from images.decoding import known_endings, known_formats, late_endings
 from utils import UserError, one_line
 
 
@@ -48,7 +50,8 @@ def find_images(data_path, split):
     except (OSError, ValueError) as error:  # too long, or with a zero byte
         raise UserError(f"--data_path {data_path} is no path: {error}") from None
     if not is_file:
-        return read_folder(*folder_of_split(path, split))
+        with looking_for(known_endings() if holds_images(path) else late_endings()):
+            return read_folder(*folder_of_split(path, split))
     check_is_list(path)
     if split == "val":
         path = validation_beside(path)
@@ -233,8 +236,20 @@ def ending_of(name):
     return os.path.splitext(name)[1].lower().decode("ascii", "replace")
 
 
+SOUGHT = contextvars.ContextVar("SOUGHT")  # endings of the files that are images in the folder that is being read
+
+
+@contextlib.contextmanager
+def looking_for(endings):
+    token = SOUGHT.set(endings)
+    try:
+        yield
+    finally:
+        SOUGHT.reset(token)
+
+
 def is_image(name):
-    return ending_of(name) in known_endings() and not is_hidden(name)
+    return ending_of(name) in SOUGHT.get(known_endings()) and not is_hidden(name)
 
 
 def leads_to_folder(entry):
@@ -291,7 +306,7 @@ def read_folder(root, remarks):
     walk = Walk(root)
     names = list(walk.names())
     if not names:
-        looked_for = f"looked for {' '.join(sorted(known_endings()))} in it and all its folders"
+        looked_for = f"looked for {' '.join(sorted(known_endings() | late_endings()))} in it and all its folders"
         raise UserError("; ".join([f"no images in {root}", *walk.remarks(), looked_for]))
     tops = [name.split(b"/", 1)[0] if b"/" in name else None for name in names]
     folders = dict.fromkeys(top for top in tops if top is not None)
@@ -461,10 +476,11 @@ def read_list(path):
 
 def split_label(line):
     """ "cats/a b.jpg,tabby cat" -> ("cats/a b.jpg", "tabby cat"); a line that ends as an image does has no label."""
-    if ending_of(os.fsencode(line)) in known_endings():
+    endings = known_endings() | late_endings()
+    if ending_of(os.fsencode(line)) in endings:
         return line, None
     for end in re.finditer(r"(\.\w+)[,;\s]\s*", line):
-        if end[1].lower() in known_endings():
+        if end[1].lower() in endings:
             return line[: end.end(1)], line[end.end() :] or None
     return line, None
 

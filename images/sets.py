@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from augmentation import match_channels
-from images.decoding import load_image, used_range
+from images.decoding import used_range
 from images.folders import enumeration
+from images.reading import PLAIN, Reading, open_range, split_page
+from utils import UserError
 
 
 class ImageSet:
@@ -21,14 +23,18 @@ class ImageSet:
     len(); .labels int64 (N,) or None; .classes names or None; .channels;
     .data uint8 (N, C, H, W) of a set in memory, None where pixels are read when they are needed;
     .fingerprint 16 hexadecimal digits, of what is there and of its order; .summary one line;
-    .name(i) for people; .content(i) path or content of an image's file; .load(i, channels) -> uint8 (channels, H, W),
-    raises BadImage; .kept(indices, labels, classes, remark) the set of these images alone;
+    .name(i) for people; .content(i) path or content of an image's file; .load(i, channels) -> (channels, H, W), uint8 or
+    float32 as `load_image` has it, raises BadImage; .reading, a `Reading`, how; .kept(indices, labels, classes, remark) the set of these images alone;
     .roots folders or files that it lies in; .num_files; .look_at_some(most) os.stat of some of them.
     """
 
-    channels, data = 3, None
+    data, reading = None, PLAIN
     roots, num_files = (), 0
-    value_range, remarks = None, ()
+    remarks = ()
+
+    @property
+    def channels(self):
+        return self.reading.channels
 
     @property
     def summary(self):
@@ -38,7 +44,7 @@ class ImageSet:
         """Says whether the images of more than 8 bits, among some, leave most of their range unused."""
         chosen = evenly(len(self), most)
         ranges = [found for found in map(used_range, map(self.content, chosen)) if found]
-        if self.value_range or not ranges:
+        if self.reading.value_range or not ranges:
             return []
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         if high - low >= 65535 / 10:
@@ -47,6 +53,21 @@ class ImageSet:
             f"note: {len(ranges)} of {len(chosen)} images looked at have 16 bits, with values from {low} to {high} "
             f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white"
         ]
+
+    def check_range_is_known(self, most=16):
+        """Raises UserError, with the values found in some, where all of these have values whose range is not known."""
+        if self.reading.value_range:
+            return
+        ranges = []
+        for index in evenly(len(self), most):
+            ranges.append(open_range(self.content(index), self.reading))
+            if ranges[-1] is None:
+                return
+        raise UserError(
+            f"--value_range LOW HIGH is needed: images such as {self.name(0)} have floats, signed or 32-bit integers, "
+            f"from {min(ranges)[0]:g} to {max(high for _, high in ranges):g} in {len(ranges)} of them; give the values "
+            "that are black and white"
+        )
 
 
 def evenly(count, most):
@@ -78,37 +99,40 @@ class Names:
     def __getitem__(self, index):
         return self.bytes[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
 
-    def fingerprint(self, sizes, value_range):
-        """Of the names with a zero between two, and of some sizes in bytes, -1 for a file that is not there."""
+    def fingerprint(self, sizes, reading):
+        """Of the names with a zero between two, of some sizes in bytes, -1 for a file that is not there, and of how files
+        are read."""
         digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))
         for size in sizes:
             digest.update(b"%d " % size)
-        if value_range:
-            digest.update(b"%r" % (value_range,))
+        for how in (reading.value_range, (reading.pages, reading.floats)):
+            if how not in (None, (None, None)):
+                digest.update(b"%r" % (how,))
         return digest.hexdigest()[:16]
 
 
 class FolderImages(ImageSet):
     """Image files on disk, read when they are needed."""
 
-    def __init__(self, root, names, labels=None, classes=None, value_range=None, remarks=()):
-        """root: folder. names: list of bytes, relative to root or absolute. value_range: see `load_image`. remarks: for
-        the summary, first where the images are."""
+    def __init__(self, root, names, labels=None, classes=None, reading=PLAIN, remarks=()):
+        """root: folder. names: list of bytes, relative to root or absolute. remarks: for the summary, first where the
+        images are."""
         self.root, self.labels, self.classes = os.fsencode(root), labels, classes
-        self.value_range, self.remarks = value_range, list(remarks)
+        self.reading, self.remarks = reading, list(remarks)
         self.names = Names(names)
         self.roots, self.num_files = (self.root,), len(names)
 
     @functools.cached_property
     def fingerprint(self):
         sizes = (status.st_size if status else -1 for status in self.look_at_some())
-        return self.names.fingerprint(sizes, self.value_range)
+        return self.names.fingerprint(sizes, self.reading)
 
     def look_at_some(self, most=1000):
         """os.stat of `most` files, evenly spread; None for one that is not there, which is named when it is read."""
         for index in evenly(len(self), most):
             try:
-                yield os.stat(os.path.join(self.root, self.names[index]))
+                path = self.content(index)
+                yield os.stat(split_page(path)[0] if self.reading.pages == "images" else path)
             except OSError:
                 yield None
 
@@ -125,11 +149,11 @@ class FolderImages(ImageSet):
         return os.fsdecode(os.path.join(self.root, self.names[index]))
 
     def load(self, index, channels=3):
-        return load_image(self.content(index), channels, self.value_range)
+        return self.reading.load(self.content(index), channels)
 
     def kept(self, indices, labels, classes, remark):
         names = [self.names[index] for index in indices]
-        return FolderImages(self.root, names, labels, classes, self.value_range, [*self.remarks, remark])
+        return FolderImages(self.root, names, labels, classes, self.reading, [*self.remarks, remark])
 
 
 class ArrayImages(ImageSet):
@@ -138,7 +162,7 @@ class ArrayImages(ImageSet):
     def __init__(self, name, data, labels=None, classes=None):
         self.set_name, self.data, self.labels, self.classes = name, data.contiguous(), labels, classes
         self.remarks = [f"of {name}"]
-        self.channels = data.shape[1]
+        self.reading = Reading(channels=data.shape[1])
         self.fingerprint = hashlib.sha256(self.data.numpy()).hexdigest()[:16]
 
     def __len__(self):

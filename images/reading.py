@@ -1,0 +1,183 @@
+"""A file -> an image as the rest of the program holds it: (C, H, W), levels from 0, black, to 255, white.
+
+    load_image("cat.jpg")                                # uint8 (3, H, W)
+    load_image("field.tif", 5, (-1000, 1000))            # float32 (5, H, W)
+
+uint8 where 256 levels are enough, as they are for photographs; float32, with all that lies between two levels, where
+they are not. What makes levels of values is here; the files are in decoding.py (Pillow, 8 bits) and arrays.py.
+
+Shapes: C channels, H x W px.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import UnidentifiedImageError
+
+from augmentation import match_channels
+from images.arrays import MOST_PAGES, count_pages, is_picture, map_npy, read_raw, unread_kind
+from images.decoding import (
+    BadImage,
+    check_regular,
+    decode,
+    first_line,
+    known_formats,
+    read_file,
+    turn_upright,
+    without_harm,
+)
+
+PAGES = ("first", "channels", "images")
+
+
+class Reading(NamedTuple):
+    """How files become images. value_range: values that become black and white.  pages: one of PAGES, None: the first
+    for 1 and 3 channels, channels for others.  floats: whether all levels are kept; None: not for 1 and 3 channels.
+    channels: of the images; 3 stands for 1 too, as these are made of each other."""
+
+    value_range: tuple | None = None
+    pages: str | None = None
+    floats: bool | None = None
+    channels: int = 3
+
+    def load(self, content, channels):
+        """`load_image` in this way. content: path or bytes."""
+        return load_image(content, channels, self.value_range, self.pages, self.floats)
+
+
+PLAIN = Reading()
+
+
+def load_image(path, channels=3, value_range=None, pages=None, floats=None):
+    """A file, or its content as bytes -> (channels, H, W), upright, levels 0..255: uint8, or float32 with `floats`.
+
+    JPEG, PNG, WebP, TIFF, BMP, PPM, GIF and the rest of FORMATS, .npy, .npz and DICOM, whatever the file is called.
+    channels 3 (RGB) or 1 (luma): of any colour mode; gray is repeated; alpha is dropped, as in DINO. Other numbers:
+    the file has as many. Orientation is what PIL reads. What stands beside the pixels (text, profiles, EXIF) may be
+    damaged or huge.
+    value_range: (low, high), the values that become 0 and 255 in an image of more than 8 bits, linearly; what lies
+    outside is clipped. None: 16-bit values are scaled from 0 to 65535; floats, signed and 32-bit ones are refused.
+    pages, floats: see `Reading`; "images": the path ends in # and the number of the page.
+    Raises BadImage if the file is missing, damaged, truncated, of other channels, or declares too many pixels.
+    """
+    with naming_damage():
+        path, page = split_page(path) if pages == "images" else (path, 0)
+        return image_of(read_content(path), channels, value_range, *defaults(channels, pages, floats), page)
+
+
+@contextlib.contextmanager
+def naming_damage():
+    """Whatever a decoder raises becomes BadImage, of one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata: it does not change the pixels
+            yield
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:  # PIL's own words name an object in memory
+        raise BadImage(f"not an image of any known format ({', '.join(known_formats())}, NPY, NPZ, DICOM)") from error
+    except Exception as error:  # decoders raise nearly every type there is on a damaged file
+        raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def read_content(path):
+    """The bytes of a file, or the array of an .npy, mapped into memory. Content itself stays."""
+    if isinstance(path, bytes):
+        return path
+    check_regular(path)
+    with open(path, "rb") as file:
+        is_array = file.read(6) == b"\x93NUMPY"
+    return map_npy(path) if is_array else read_file(path)
+
+
+def image_of(content, channels, value_range, pages, floats, page):
+    if not floats and pages == "first" and channels in (1, 3) and is_picture(content):
+        return pixels_by_pillow(content, channels, value_range)
+    raw = read_raw(content, channels, pages, page)
+    return to_levels(raw, channels, value_range, floats)
+
+
+def defaults(channels, pages, floats):
+    """Both, where they are None as they are for so many channels."""
+    plain = channels in (1, 3)
+    return pages or ("first" if plain else "channels"), not plain if floats is None else floats
+
+
+def pixels_by_pillow(content, channels, value_range):
+    unread = unread_kind(content)
+    if unread:
+        raise BadImage(unread)
+    return without_harm(lambda content: decode(content, channels, value_range), content)
+
+
+# Levels ---------------------------------------------------------------------------------------------------------------
+
+
+def to_levels(raw, channels, value_range=None, floats=True):
+    """A RawImage -> (channels, H, W), float32 on 0..255, or rounded to uint8.  value_range: see `load_image`."""
+    values = without_alpha(raw, channels)
+    if len(values) != channels and not (channels in (1, 3) and len(values) in (1, 3)):
+        raise BadImage(f"has {len(values)} channel{'s' * (len(values) != 1)}, --in_chans is {channels}")
+    black_white = raw.black_white if raw.fills_a_byte else value_range or raw.black_white
+    if black_white is None:
+        raise BadImage(f"{values.dtype} values, whose range is not known: give it by --value_range LOW HIGH")
+    levels = torch.from_numpy(np.array(values) if raw.fills_a_byte else scaled(values, *black_white))
+    levels = levels.float() if floats else levels
+    levels = 255 - levels if raw.inverted else levels
+    levels = match_channels(turn_upright(levels, raw.turn)[None], channels)[0].contiguous()
+    return levels if floats else levels.round().to(torch.uint8)
+
+
+def without_alpha(raw, channels):
+    return raw.values[:-1] if raw.has_alpha and channels in (1, 3) else raw.values
+
+
+ROWS_AT_ONCE = 2**20  # values in float64
+
+
+def scaled(values, low, high):
+    """low..high -> 0..255 in float64, then float32; what lies outside is clipped, what is no number becomes 0."""
+    levels = np.empty(values.shape, np.float32)
+    step = max(1, ROWS_AT_ONCE // values.shape[2])
+    for plane, target in zip(values, levels, strict=True):
+        for row in range(0, len(plane), step):
+            block = (plane[row : row + step].astype(np.float64) - low) * (255 / (high - low))
+            target[row : row + step] = np.nan_to_num(block, posinf=255).clip(0, 255)
+    return levels
+
+
+# What is looked at before a run ---------------------------------------------------------------------------------------
+
+
+def open_range(path, reading):
+    """(lowest, highest) value of an image whose range only --value_range can tell; None for others and bad ones."""
+    try:
+        with naming_damage():
+            file, page = split_page(path) if reading.pages == "images" else (path, 0)
+            pages, _ = defaults(reading.channels, reading.pages, reading.floats)
+            raw = read_raw(read_content(file), reading.channels, pages, page)
+            finite = raw.values[np.isfinite(raw.values)]
+            return (finite.min().item(), finite.max().item()) if raw.black_white is None and finite.size else None
+    except BadImage:  # who reads the image names the reason
+        return None
+
+
+def pages_of(path, name):
+    """Names of a file's pages: b"scan.tif#0", ...; of the first alone where there are too many or the file is bad."""
+    try:
+        with naming_damage():
+            count = count_pages(read_content(os.fsdecode(path)))
+    except BadImage:
+        count = 1
+    return [b"%s#%d" % (name, page) for page in range(count if count <= MOST_PAGES else 1)]
+
+
+def split_page(path):
+    """ "scan.tif#12" -> ("scan.tif", 12)"""
+    found = not isinstance(path, bytes) and re.fullmatch(r"(.*)#(\d+)", os.fspath(path), re.DOTALL)
+    return (found[1], int(found[2])) if found else (path, 0)
