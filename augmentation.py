@@ -15,7 +15,9 @@ every step from (seed, step, rank).
 Shapes: B images, V views, C channels, H x W image, h x w crop, n = views of one size x B.
 """
 
+import argparse
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -121,7 +123,8 @@ def add_probability_arguments(parser):
     """Adds a flag for each operation's probability; None: the preset's."""
     operations = {
         "flip": "a mirrored view; 0 where left and right differ, as in letters. Default: 0.5, for svhn 0",
-        "jitter": "changed brightness, contrast, saturation and hue. Default: 0.8, with small 0.1",
+        "jitter": "changed brightness, contrast, saturation and hue; with other than 1 or 3 channels brightness and "
+        "contrast of each channel alone. Default: 0.8, with small 0.1",
         "grayscale": "a view without colours; 0 where colour tells images apart. Default: 0.2, with small 0.1",
         "blur": "a blurred view, by 0.1 to 2 px, less in crops below 96 px. Default: 0, with dino 1, 0.1 and 0.5 for "
         "the first, the second and the local views",
@@ -130,6 +133,12 @@ def add_probability_arguments(parser):
     for name, text in operations.items():
         text = f"probability, in every view, of {text}"
         parser.add_argument(f"--{name}", type=Number(float, least=0, most=1), default=None, help=text)
+    parser.add_argument(
+        "--rotate90",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="turn each view by 0, 90, 180 or 270 degrees, as likely each, for images without an up: cells, satellites",
+    )
 
 
 def resolve_augmentation_defaults(args):
@@ -197,6 +206,7 @@ def make_recipe(args):
         blur=tuple(np.broadcast_to(chosen["blur"], 3).tolist()),  # a flag's is of every view
         solarize=tuple(np.broadcast_to(chosen["solarize"], 3).tolist()),
         noise_std=preset["noise_std"],
+        rotate90=args.rotate90,
     )
 
 
@@ -251,6 +261,23 @@ class Recipe:
     solarize: tuple
     noise_std: float  # in units of the normalised image
     interpolation: str = "bicubic"  # of resized crops; or "bilinear"
+    rotate90: bool = False
+
+    def describe(self, channels):
+        """The operations that change images of so many channels, and their probabilities (of noise its size)."""
+        jitter = {1: "brightness and contrast", 3: "brightness, contrast, saturation and hue"}
+        chances = {
+            "flip": self.flip,
+            "turns by 90 degrees": 0.75 * self.rotate90,
+            jitter.get(channels, "brightness and contrast of each channel"): self.jitter,
+            "grayscale": self.grayscale * (channels == 3),
+            "blur": self.blur[: 3 if self.local_views.views else 2],
+            "solarisation": self.solarize[: 3 if self.local_views.views else 2] if channels in (1, 3) else 0,
+            "noise": self.noise_std,
+        }
+        run = [f"{name} {'/'.join(f'{chance:g}' for chance in np.atleast_1d(chances))}"
+               for name, chances in chances.items() if np.any(chances)]  # fmt: skip
+        return f"views: {', '.join(['crops', *run])}; channels: {channels}"
 
     def view_groups(self):
         return [group for group in (self.global_views, self.local_views) if group.views]
@@ -265,8 +292,8 @@ def make_views(recipe, epoch, indices, device, images=None, crops=None):
 
     indices: (B,) int64, the images in the batch.
     images:  uint8 (B, C, H, W), whole images of one size, cropped here; or
-    crops:   of each size a uint8 tensor (n, C, h, w), cropped and flipped already by `crop_image`: all images of the
-             size's first view, then all of the second, ...
+    crops:   of each size a tensor (n, C, h, w), levels 0..255, uint8 or float32, cropped and flipped already by
+             `crop_image`: all images of the size's first view, then all of the second, ...
     Returns V float32 tensors (B, in_chans, h, w) on `device`, normalised: the two global ones, then the local ones.
     The chain runs in float32 on [0, 1] and is not rounded to 255 levels between the operations, as PIL's is. Nothing
     here waits for the device.
@@ -291,16 +318,18 @@ def make_views(recipe, epoch, indices, device, images=None, crops=None):
 
 
 def view_draws(recipe, epoch, indices, views):
-    """(n, NUM_DRAWS): all images of the first view, then all of the second, ..."""
-    return uniform(recipe.seed, epoch, np.tile(indices, len(views)), np.repeat(views, len(indices)), NUM_DRAWS)
+    """(n, NUM_DRAWS), and more where each channel has its own brightness and contrast: all images of the first view,
+    then all of the second, ..."""
+    num_draws = NUM_DRAWS + (0 if recipe.in_chans in (1, 3) else 2 * recipe.in_chans)
+    return uniform(recipe.seed, epoch, np.tile(indices, len(views)), np.repeat(views, len(indices)), num_draws)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------
 
 # Columns of a view's draws. Ten attempts at a crop, as torchvision makes them.
 AREA, ASPECT = slice(0, 10), slice(10, 20)
-TOP, LEFT, FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE = range(20, 33)
-NUM_DRAWS = 33
+TOP, LEFT, FLIP, JITTER, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA, SOLARIZE, TURN = range(20, 34)
+NUM_DRAWS = 34
 
 
 def uniform(seed, epoch, indices, view, num_draws):
@@ -330,7 +359,7 @@ def scramble(word):
 
 
 def crop_image(image, draws, group, recipe):
-    """uint8 (C, H, W), draws (V, NUM_DRAWS) -> V uint8 crops (C, size, size)."""
+    """Levels (C, H, W), uint8 or float32, draws (V, NUM_DRAWS) -> V crops (C, size, size)."""
     height, width = image.shape[1:]
     shifted = group.pad_crop and max(height, width) <= group.size
     if shifted:
@@ -396,10 +425,11 @@ def shifts(draws):
 
 
 def resize(image, size, interpolation="bicubic"):
-    """uint8 (C, H, W) -> uint8 (C, *size), with antialiasing: PIL's resize, and torchvision's."""
+    """Levels (C, H, W) -> (C, *size), with antialiasing, within 0..255: PIL's resize, and torchvision's."""
     if tuple(image.shape[1:]) == tuple(size):
         return image
-    return F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
+    resized = F.interpolate(image[None], size=size, mode=interpolation, antialias=True)[0]
+    return resized.clamp_(0, 255) if resized.is_floating_point() else resized
 
 
 def resize_batch(images, size):
@@ -446,20 +476,32 @@ def photometric(x, draws, group, recipe):
     view = np.repeat(np.minimum(group.views, 2), len(draws) // len(group.views))  # 2: any local view
     blur_sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, SIGMA]
     blur_sigma *= min(1, group.size / BLUR_SIZE)
-    is_colour = x.shape[1] == 3
-    changes = list(color_jitter(draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength, is_colour))
-    if is_colour:
+    channels = x.shape[1]
+    changes = list(quarter_turns(draws)) if recipe.rotate90 else []
+    changes += color_jitter(draws, draws[:, JITTER] < recipe.jitter, recipe.jitter_strength, channels)
+    if channels == 3:
         changes.append((draws[:, GRAY] < recipe.grayscale, grayscale, None))
     changes.append((draws[:, BLUR] < np.array(recipe.blur)[view], gaussian_blur, blur_sigma))
-    changes.append((draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize, None))
+    if channels in (1, 3):
+        changes.append((draws[:, SOLARIZE] < np.array(recipe.solarize)[view], solarize, None))
     return change(x, changes)
 
 
-def color_jitter(draws, chosen, strength, is_colour):
-    """torchvision's ColorJitter: brightness, contrast, saturation, hue, in an order of its own for each image."""
+def quarter_turns(draws):
+    """0, 1, 2 or 3 of them, counter-clockwise, as likely each."""
+    for turns in (1, 2, 3):
+        yield np.floor(4 * draws[:, TURN]) == turns, functools.partial(torch.rot90, k=turns, dims=(2, 3)), None
+
+
+def color_jitter(draws, chosen, strength, channels):
+    """torchvision's ColorJitter: brightness, contrast, saturation, hue, in an order of its own for each image. Of 1
+    channel the first two; of more than 3, or 2, the first two with a factor of its own for each channel."""
     operations = [(adjust_brightness, BRIGHTNESS), (adjust_contrast, CONTRAST)]
-    if is_colour:  # these leave gray as it is
+    if channels == 3:  # these leave gray as it is
         operations += [(adjust_saturation, SATURATION), (adjust_hue, HUE)]
+    elif channels != 1:
+        of_channel = np.arange(NUM_DRAWS, NUM_DRAWS + channels)
+        operations = [(adjust_brightness, of_channel), (adjust_contrast, of_channel + channels)]
     orders = np.array(list(itertools.permutations(range(len(operations)))))
     order = orders[(draws[:, ORDER] * len(orders)).astype(int)]  # (n, operations)
     for position in range(len(operations)):
@@ -472,17 +514,18 @@ def color_jitter(draws, chosen, strength, is_colour):
 def change(x, changes):
     """x[chosen] = operation(x[chosen], factor[chosen]) for each (chosen, operation, factor); returns x.
 
-    chosen, (n,) bool, and factor, (n,) or None, are on the host: lists of indices go to the device, all at once, and
-    none comes back."""
+    chosen, (n,) bool, and factor, (n,), (n, C) or None, are on the host: lists of indices go to the device, all at
+    once, and none comes back."""
     changes = [(np.flatnonzero(chosen), operation, factor) for chosen, operation, factor in changes if chosen.any()]
     if not changes:
         return x
     counts = [len(rows) for rows, *_ in changes]
-    factors = [np.zeros(len(rows)) if factor is None else factor[rows] for rows, _, factor in changes]
-    factors = send(np.concatenate(factors).astype(np.float32), x.device)[:, None, None, None].split(counts)
+    factors = [np.zeros(0) if factor is None else factor[rows].ravel() for rows, _, factor in changes]
+    sizes = [len(factor) for factor in factors]
+    factors = send(np.concatenate(factors).astype(np.float32), x.device).split(sizes)
     places = send(np.concatenate([rows for rows, *_ in changes]), x.device).split(counts)
     for (_, operation, given), rows, factor in zip(changes, places, factors, strict=True):
-        factor = () if given is None else (factor,)
+        factor = () if given is None else (factor.view(len(rows), -1, 1, 1),)
         if len(rows) == len(x):
             x.copy_(operation(x.clone(), *factor))
         else:
@@ -490,7 +533,7 @@ def change(x, changes):
     return x
 
 
-# The operations below may overwrite their input. x: float32 (n, C, h, w) on [0, 1], factors (n, 1, 1, 1).
+# The operations below may overwrite their input. x: float32 (n, C, h, w) on [0, 1], factors (n, 1 or C, 1, 1).
 
 
 def adjust_brightness(x, factor):
@@ -498,7 +541,7 @@ def adjust_brightness(x, factor):
 
 
 def adjust_contrast(x, factor):
-    return blend(x, luma(x).mean(dim=(1, 2, 3), keepdim=True), factor)
+    return blend(x, luma(x).mean(dim=(2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(x, factor):

@@ -2,7 +2,7 @@
 
     images = images.open_dataset(args)                   # names, labels if there are any, pixels on demand
     loader = TrainLoader(images, args, batch_size, rank, world_size, device=device)
-    for batch in loader.epoch(epoch, first_step):        # uint8, decoded and cropped by worker processes
+    for batch in loader.epoch(epoch, first_step):        # levels 0..255, decoded and cropped by worker processes
         views = loader.augment(batch, device)            # V float32 tensors (B, C, h, w), normalised, on the device
 
     # each image exactly once
@@ -88,8 +88,8 @@ def add_dataset_arguments(parser):
         "--in_chans",
         type=Number(int, least=1, most=1024),
         default=None,
-        help="1 or 3; default: the data set's. Gray images are repeated to 3 channels, colour images turned to gray "
-        "for 1: use that when colour means nothing in your images",
+        help="default: the data set's. For 3, gray images are repeated; for 1, colour images turned to gray: use that "
+        "when colour means nothing in your images; for any other number images have as many",
     )
     add(
         "--mean",
@@ -160,7 +160,7 @@ class Batch:
     """What one process trains on in one step, before the device's part of the augmentation.
 
     indices: (B,) int64, the images in the batch. A bad file's place holds the index of its replacement.
-    crops:   of each size a uint8 tensor (n, C, h, w), cropped and flipped: its first view of all images, then its
+    crops:   of each size a tensor (n, C, h, w) of levels, cropped and flipped: its first view of all images, then its
              second, ...; None when `images` is set.
     images:  uint8 (B, C, H, W), whole images of a set in memory, cropped later; None when `crops` is set.
     bad:     {index: reason} for the files that could not be read.
@@ -254,6 +254,9 @@ class TrainLoader:
         """Views of a batch: V float32 tensors (B, in_chans, h, w) on `device`, normalised; see `make_views`."""
         return make_views(self.recipe, batch.epoch, batch.indices, device, batch.images, batch.crops)
 
+    def describe_views(self):
+        return self.recipe.describe(min(self.recipe.in_chans, self.images.channels))
+
     def note_bad_images(self, batch):
         """Names each bad file once, counts it, and ends the run if no replacement could be read either."""
         self.num_bad_images += batch.num_failed
@@ -340,15 +343,15 @@ class CropDataset(torch.utils.data.Dataset):
     def __getitems__(self, step):
         epoch, indices = step
         recipe, batch = self.recipe, Batch(epoch, indices.copy())
-        groups = recipe.view_groups()
-        crops = [
-            torch.empty((len(group.views), len(indices), recipe.in_chans, group.size, group.size), dtype=torch.uint8)
-            for group in groups
-        ]
+        groups, crops = recipe.view_groups(), None
         for row in range(len(indices)):
             image = self.load_or_replace(batch, row)
             if image is None:
                 return batch
+            crops = crops or [
+                image.new_empty((len(group.views), len(indices), len(image), group.size, group.size))
+                for group in groups
+            ]
             for group, views in zip(groups, crops, strict=True):
                 draws = view_draws(recipe, epoch, batch.indices[row : row + 1], group.views)
                 for view, crop in enumerate(crop_image(image, draws, group, recipe)):
@@ -398,7 +401,7 @@ def eval_batches(
     else:
         batches = (eval_batch_in_memory(images, step, img_size, in_chans, device) for step in steps)
     for step, x in zip(steps, batches, strict=True):
-        x = x.to(device, non_blocking=True)  # a byte per level; floats are made there
+        x = x.to(device, non_blocking=True)  # mostly a byte per level; floats are made there
         yield step, normalize(x.float() / 255, mean, std)
 
 
@@ -408,28 +411,28 @@ def eval_batch_in_memory(images, indices, img_size, in_chans, device):
 
 
 class EvalDataset(torch.utils.data.Dataset):
-    """Indices of one batch -> uint8 (b, C, img_size, img_size), or the UserError that says which file is bad."""
+    """Indices of one batch -> levels (b, C, img_size, img_size), or the UserError that says which file is bad."""
 
     def __init__(self, images, img_size, in_chans):
         self.images, self.img_size, self.in_chans = images, img_size, in_chans
 
     def __getitems__(self, indices):
-        x = torch.empty((len(indices), self.in_chans, self.img_size, self.img_size), dtype=torch.uint8)
-        for row, index in enumerate(indices):
+        crops = []
+        for index in indices:
             try:
-                x[row] = resize_and_center_crop(self.images.load(index, self.in_chans), self.img_size)
+                crops.append(resize_and_center_crop(self.images.load(index, self.in_chans), self.img_size))
             except BadImage as error:
                 return UserError(
                     f"cannot read {self.images.name(index)}: {error}; a score counts all images: repair or remove it"
                 )
-        return x
+        return torch.stack(crops)
 
 
 LONGEST = 8  # times its shorter side: what is kept of a strip before it is resized
 
 
 def resize_and_center_crop(image, size):
-    """uint8 (C, H, W) -> (C, size, size): the shorter side becomes size * 256 / 224 px, then the centre is cropped.
+    """(C, H, W) -> (C, size, size): the shorter side becomes size * 256 / 224 px, then the centre is cropped.
 
     The ends of a strip would be enlarged and thrown away: a row of 20,000 px to 10 GB. They are cut off first."""
     image = middle(image, LONGEST * min(image.shape[1:]))

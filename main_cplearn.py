@@ -436,7 +436,7 @@ def describe(run, step):
         f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
     say(f"backbone: {args.arch}, D = {model.backbone.embed_dim}, "
         f"{sum(p.numel() for p in model.backbone.parameters()) / 1e6:.2f} M parameters, {run.compiled}")  # fmt: skip
-    for text in model.objective.describe():
+    for text in (run.loader.describe_views(), *model.objective.describe()):
         say(text)
     say(
         f"{describe_batch(run)}; lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after "

@@ -377,11 +377,18 @@ def describe_cluster_collapse(line):
     return None
 
 
+def as_picture(x):
+    """(..., C, h, w) -> (..., 3, h, w), for people: colours and gray as they are, of other channels the first three, of
+    two the first as gray."""
+    channels = x.shape[-3]
+    return x[..., :3, :, :] if channels >= 3 else x[..., :1, :, :].expand(*x.shape[:-3], 3, *x.shape[-2:])
+
+
 def plot_views(views, mean, std, path, num_images=8):
     """Draw what the network sees: a row of images for each view, V x (B, C, h, w) normalised; local crops enlarged."""
     size = views[0].shape[-2:]
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
-    rows = [F.interpolate(view[:num_images].float().cpu() * std + mean, size) for view in views]
+    rows = [F.interpolate(as_picture(view[:num_images].float().cpu() * std + mean), size) for view in views]
     grid = torchvision.utils.make_grid(torch.cat(rows).clamp(0, 1), nrow=len(rows[0]), padding=2, pad_value=1)
     torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 128 // size[0])), path)
 

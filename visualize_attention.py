@@ -23,6 +23,7 @@ import augmentation
 import data
 import evaluation
 import images
+import monitor
 import pretrained
 import utils
 import vision_transformer
@@ -109,8 +110,8 @@ def image_folders(image_path, output_dir):
 
 
 def open_vit(args, device):
-    """The model that the flags name; fills in args.in_chans, .mean, .std and .value_range."""
-    args.value_range = None
+    """The model that the flags name; fills in args.in_chans, .mean, .std and how images are read."""
+    args.value_range = args.pages = args.float_pixels = None
     model = pretrained.open_model(args, device)
     arch, dataset = model.settings["arch"], model.settings["dataset"]
     if not isinstance(model.backbone, vision_transformer.VisionTransformer):
@@ -146,7 +147,7 @@ def see_all(backbone, paths, args, device):
     seen = []
     for path in paths:
         try:
-            image = images.load_image(path, args.in_chans, args.value_range)
+            image = images.load_image(path, args.in_chans, *images.reading_of(args))
         except images.BadImage as error:
             if len(paths) == 1:
                 raise UserError(f"--image_path {path}: {error}; expected an image") from error
@@ -159,14 +160,14 @@ def see_all(backbone, paths, args, device):
 
 
 def see(backbone, path, image, args, device):
-    """image: uint8 (C, H, W) of any size."""
+    """image: levels (C, H, W) of any size."""
     size = size_in_patches(image.shape[1:], backbone.patch_size, args.image_size)
     image = augmentation.resize(image, size)
     x = augmentation.normalize(image[None].to(device) / 255, args.mean, args.std)
     dtype = utils.PRECISIONS[args.precision]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         attention, tokens = attention_and_tokens(backbone, x)
-    pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    pixels = monitor.as_picture(image).permute(1, 2, 0).round().byte().numpy()
     return SeenImage(path, pixels, attention[0].float().cpu().numpy(), tokens[0].float().cpu())
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import evaluation
 from evaluation.page import SMALL, html_page, inlined
 from images import BadImage
+from monitor import as_picture
 from utils import UserError
 
 THUMBNAIL = 96  # px, the longer side
@@ -73,10 +74,10 @@ def describe(images, codes, code, seed=0):
 def thumbnail(images, index):
     """The image, made smaller where it is larger than `THUMBNAIL`."""
     try:
-        pixels = images.load(index, images.channels).permute(1, 2, 0).numpy()  # (H, W, C)
+        pixels = as_picture(images.load(index, images.channels)).permute(1, 2, 0)  # (H, W, 3)
     except BadImage as error:
         raise UserError(f"cannot read {images.name(index)}: {error}; see --data_path") from error
-    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    image = Image.fromarray(pixels.round().byte().numpy())
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return image
 

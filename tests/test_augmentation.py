@@ -252,7 +252,7 @@ def test_jitter_equals_torchvision_with_the_same_order_and_factors(photographs):
     draws[:, augmentation.ORDER] = (np.arange(48) % 24 + 0.5) / 24  # every order twice
     chosen = np.arange(48) % 5 > 0
     result = x.clone()
-    augmentation.change(result, augmentation.color_jitter(draws, chosen, (0.4, 0.4, 0.2, 0.1), is_colour=True))
+    augmentation.change(result, augmentation.color_jitter(draws, chosen, (0.4, 0.4, 0.2, 0.1), channels=3))
     operations = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue]
     orders = list(itertools.permutations(range(4)))
     for n in range(48):
