@@ -147,7 +147,7 @@ def see_all(backbone, paths, args, device):
     seen = []
     for path in paths:
         try:
-            image = images.load_image(path, args.in_chans, *images.reading_of(args))
+            image = images.reading_of(args).load(path, args.in_chans)
         except images.BadImage as error:
             if len(paths) == 1:
                 raise UserError(f"--image_path {path}: {error}; expected an image") from error

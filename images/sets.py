@@ -23,8 +23,9 @@ class ImageSet:
     len(); .labels int64 (N,) or None; .classes names or None; .channels;
     .data uint8 (N, C, H, W) of a set in memory, None where pixels are read when they are needed;
     .fingerprint 16 hexadecimal digits, of what is there and of its order; .summary one line;
-    .name(i) for people; .content(i) path or content of an image's file; .load(i, channels) -> (channels, H, W), uint8 or
-    float32 as `load_image` has it, raises BadImage; .reading, a `Reading`, how; .kept(indices, labels, classes, remark) the set of these images alone;
+    .name(i) for people; .content(i) path or content of an image's file; .reading, a `Reading`: how it is read;
+    .load(i, channels) -> (channels, H, W), uint8 or float32 as `load_image` has it, raises BadImage;
+    .kept(indices, labels, classes, remark) the set of these images alone;
     .roots folders or files that it lies in; .num_files; .look_at_some(most) os.stat of some of them.
     """
 
@@ -100,8 +101,8 @@ class Names:
         return self.bytes[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
 
     def fingerprint(self, sizes, reading):
-        """Of the names with a zero between two, of some sizes in bytes, -1 for a file that is not there, and of how files
-        are read."""
+        """Of the names with a zero between two, of some sizes in bytes, -1 for a file that is not there, and of how
+        files are read."""
         digest = hashlib.sha256(np.insert(self.bytes, self.ends[:-1], 0))
         for size in sizes:
             digest.update(b"%d " % size)
