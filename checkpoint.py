@@ -4,7 +4,8 @@
     keep_copy(run, step)                 checkpoint0020.pth, ...
     find_earlier(args), resume(run)      the checkpoint to go on from; what must be the same then, is compared
     save_last_whole_step(run)            the last resort of a run that is stuck
-    losing_nothing(run)                  around the steps: a checkpoint that is being written outlives what ends the run
+    losing_nothing(run)                  around the steps: a checkpoint that is being written outlives what ends the run;
+                                         starts.txt says when it began, and how it ended
 
 `run` is main_cplearn's Run. A run that goes on is the undisturbed run, bit for bit on a CPU: order, augmentation and
 noise are functions of the step, so that the state at a step's end is all there is.
@@ -12,15 +13,19 @@ noise are functions of the step, so that the state at a step's end is all there 
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import importlib
 import itertools
+import json
 import math
 import os
 import pickle
+import platform
 import reprlib
 import shutil
 import socket
+import sys
 import time
 import warnings
 import zipfile
@@ -32,11 +37,13 @@ import torch.distributed as dist
 
 from utils import (
     RunFailed,
+    Stopped,
     UserError,
     commit,
     is_lost_peer,
     is_restart,
     on_rank_zero,
+    one_line,
     rank,
     world_size,
 )
@@ -96,17 +103,39 @@ def write(run, step, state):
 
 @contextlib.contextmanager
 def losing_nothing(run):
-    """Inside are the steps. Who has lost a peer saves the last whole step; and whatever ends the run, a checkpoint that
-    is being written is waited for, GRACE_S at most."""
+    """Inside are the steps. starts.txt says when they began, and how they ended. Who has lost a peer saves the last
+    whole step; and whatever ends the run, a checkpoint that is being written is waited for, GRACE_S at most."""
+    remember_start(run)
+    how = "finished"
     try:
         yield
-    except RuntimeError as error:
-        if is_lost_peer(error):
+    except BaseException as error:
+        how = f"stopped by signal {error.code - 128}" if isinstance(error, Stopped) else f"failed: {one_line(error)}"
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
             save_last_whole_step(run)
         raise
     finally:
         with run.watch.paused():
             run.writer.join(GRACE_S)
+        remember(run, "end", how=how)
+
+
+def remember_start(run):
+    """What a reader of the run wants to know of this start, and what no later checkpoint tells: each has its own."""
+    afresh = bool(run.args.no_resume and not is_restart())  # the lines before are of a run that this one replaces
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
+    machine = {"device": device, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
+    versions = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
+    remember(run, "start", of=run.total_steps, afresh=afresh, processes=world_size(), **machine, **versions,
+             command=[Path(sys.argv[0]).name, *sys.argv[1:]])  # fmt: skip
+
+
+def remember(run, kind, **facts):
+    """Append a line of JSON to starts.txt."""
+    if rank() == 0:
+        line = {"kind": kind, "step": run.log.step, "time": time.time()} | facts
+        with run.log.going_on("starts.txt"):
+            append_whole(Path(run.args.output_dir) / "starts.txt", json.dumps(line).encode() + b"\n")
 
 
 def buffers_before_step(run, step):
@@ -390,6 +419,15 @@ def save_checkpoint(state, path):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
         raise OSError(f"{path}: could not be written: {reason}") from error
+
+
+def append_whole(path, content):
+    """Append bytes to a file, all of them or none. Raises OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if content and file.write(content) < len(content):  # a disk that fills up takes a part
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ feature_statistics, rankme, diagnose, plot_log
 
 import contextlib
 import copy
-import errno
 import json
 import math
 import operator
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import replace_file
+from checkpoint import append_whole, replace_file
 from utils import RunFailed, all_reduce_mean, one_line, rank
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe
@@ -245,15 +244,6 @@ def keep_tensorboard_quiet(args):
     """Its thread prints an error that the next call raises again, where it becomes one line."""
     if not type(args.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(args)
-
-
-def append_whole(path, content):
-    """Append bytes to a file, all of them or none. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if content and file.write(content) < len(content):  # a disk that fills up takes a part
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def hours(seconds):
