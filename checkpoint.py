@@ -4,8 +4,8 @@
     keep_copy(run, step)                 checkpoint0020.pth, ...
     find_earlier(args), resume(run)      the checkpoint to go on from; what must be the same then, is compared
     save_last_whole_step(run)            the last resort of a run that is stuck
-    losing_nothing(run)                  around the steps: a checkpoint that is being written outlives what ends the run;
-                                         starts.txt says when it began, and how it ended
+    losing_nothing(run)                  around the steps: what is being written outlives what ends the run; starts.txt
+                                         says when it began, and how it ended
 
 `run` is main_cplearn's Run. A run that goes on is the undisturbed run, bit for bit on a CPU: order, augmentation and
 noise are functions of the step, so that the state at a step's end is all there is.
