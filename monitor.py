@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch.nn import functional as F
@@ -424,9 +425,10 @@ PANELS = {
         "loss": lambda line: line["train_loss"],
         "beta x invariance": lambda line: line["train_loss"] - line["train_prior"],
         "prior": lambda line: line["train_prior"],
+        "Lemma 1's bound": lambda line: line["train_loss"] - line["gap"],
     }),
     "information = log K - prior - entropy of p (nats per image)": (None, {
-        "log K": lambda line: math.log(line["num_codes"]),
+        "log K": lambda line: np.log(line["num_codes"]),
         "entropy of p": lambda line: line["train_entropy"],
         "information": lambda line: line["information"],
         "least prior of hard p": lambda line: line["least_hard_prior"],
@@ -447,15 +449,20 @@ PANELS = {
 
 
 def panels_of(lines):
-    """{title: (least, {label: points (step, value)})}: of PANELS, or of another objective's loss and terms in place of
-    CPLearn's, those that the lines have numbers for; all of them while there are no lines."""
-    last, panels = (lines[-1] if lines else {}), PANELS
-    if last and not last.keys() >= {"train_prior", "train_invariance"}:
-        terms = {name.removeprefix("train_"): operator.itemgetter(name) for name in terms_of(last)}
-        panels = {"loss": (None, {"loss": operator.itemgetter("train_loss")}), "terms of the loss": (None, terms)}
-        panels |= dict(list(PANELS.items())[2:])
+    """{title: (least, {label: points (step, value)})} of the panels that the lines have numbers for; all of them while
+    there are no lines."""
+    panels = panels_for(lines[-1] if lines else {})
     found = {title: (least, points_of(curves, lines)) for title, (least, curves) in panels.items()}
     return {title: panel for title, panel in found.items() if panel[1] or not lines}
+
+
+def panels_for(line):
+    """PANELS, or another objective's loss and terms in place of CPLearn's, by the names in a line."""
+    if not line or line.keys() >= {"train_prior", "train_invariance"}:
+        return PANELS
+    terms = {name.removeprefix("train_"): operator.itemgetter(name) for name in terms_of(line)}
+    panels = {"loss": (None, {"loss": operator.itemgetter("train_loss")}), "terms of the loss": (None, terms)}
+    return panels | dict(list(PANELS.items())[2:])
 
 
 def points_of(curves, lines):

@@ -1,6 +1,7 @@
-"""What HTML pages share: one file each, without scripts, and nothing in it comes from or leads outside."""
+"""What HTML pages share: one file each, and nothing in it comes from or leads outside."""
 
 import base64
+import hashlib
 import io
 from html import escape
 
@@ -19,16 +20,20 @@ a { color: inherit; }
 """
 
 
-def html_page(title, header, main, style=""):
+def html_page(title, header, main, style="", script="", refresh=None):
     """A whole page. title: text, escaped here.  header, main: HTML; the caller has escaped what is from outside.
-    style: CSS beside `STYLE`. The policy forbids scripts and anything that is not in the page itself."""
+    style: CSS beside `STYLE`.  script: the page's only script, which the policy names by its hash: no other runs, and
+    nothing is loaded that is not in the page itself.  refresh: seconds after which the browser reads the file again."""
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" if script else "'none'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+{again}<title>{escape(title)}</title>
 <style>{STYLE}{style}</style>
 </head>
 <body>
@@ -38,6 +43,7 @@ def html_page(title, header, main, style=""):
 </header>
 <main>
 {main}</main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

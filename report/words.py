@@ -1,0 +1,59 @@
+"""What of a run is said in words."""
+
+from utils import UserError
+
+NOT_SHOWN = {"output_dir"}  # the page says it elsewhere
+
+
+def headline(run):
+    """("good", "bad" or "unknown", a sentence about the run's health)."""
+    steps = run.steps.get("step", ())
+    if not len(steps):
+        return "unknown", "Nothing has been logged yet."
+    last = int(steps[-1])
+    now = [warned for warned in run.warnings if warned.last == last]
+    if now:
+        return "bad", " ".join(f"Since step {w.first:,} it looks like {w.sentence}." for w in now)
+    found = judged(run)
+    if found:
+        return "bad", f"The curves look healthy, and eval_collapse.py found collapse: {found}."
+    checked = " by eval_collapse.py too" if found == "" else ""
+    past = "; ".join(f"{w.kind} at steps {w.first:,} to {w.last:,}" for w in run.warnings)
+    if past:
+        return "good", f"Healthy now{checked}. Earlier lines looked like a collapse: {past}."
+    nor = ", nor do the features by eval_collapse.py" if checked else ""
+    return "good", f"Healthy: none of {len(steps):,} logged lines looks like a collapse{nor}."
+
+
+def judged(run):
+    """What eval_collapse.py found of the trained model: "" for none, None where it has not been run."""
+    for row in run.results.get("collapse", {}).get("rows", []):
+        if row.get("checkpoint") not in ("raw pixels", "random weights") and isinstance(row.get("verdict"), str):
+            return "" if row["verdict"] == "none" else row["verdict"]
+    return None
+
+
+def differing_flags(args):
+    """Rows (flag, value, default) of a run's flags that are not the defaults of its objective."""
+    if not args:
+        return []
+    defaults = defaults_of(args.get("objective", "cplearn"))
+    return [
+        (f"--{name}", value, defaults.get(name, "-"))
+        for name, value in sorted(args.items())
+        if name not in NOT_SHOWN and plain(value) != plain(defaults.get(name))
+    ]
+
+
+def defaults_of(objective):
+    """{flag: value} of a command that gives no other; {} for an objective that this version does not know."""
+    from main_cplearn import get_args_parser
+
+    try:
+        return vars(get_args_parser().parse_args(["--objective", str(objective)]))
+    except (UserError, SystemExit):
+        return {}
+
+
+def plain(value):
+    return list(value) if isinstance(value, tuple) else value
