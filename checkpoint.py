@@ -126,8 +126,10 @@ def remember_start(run):
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
     machine = {"device": device, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
     versions = {"commit": commit(), "torch": torch.__version__, "python": platform.python_version()}
+    defaults, flags = checkpoint_args(run.default_flags(run.args.objective)), checkpoint_args(run.args)
+    flags = {name: [value, defaults.get(name)] for name, value in flags.items() if value != defaults.get(name)}
     remember(run, "start", of=run.total_steps, afresh=afresh, processes=world_size(), **machine, **versions,
-             command=[Path(sys.argv[0]).name, *sys.argv[1:]])  # fmt: skip
+             command=[Path(sys.argv[0]).name, *sys.argv[1:]], flags=flags)  # fmt: skip
 
 
 def remember(run, kind, **facts):
@@ -202,7 +204,9 @@ def checkpoint_state(run, step, buffers=None, recorder=None):
 
 
 def checkpoint_args(args):
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+    """{flag: value}, of a Namespace or a dict, with lists for tuples."""
+    args = args if isinstance(args, dict) else vars(args)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
 
 
 def split_state(state, names):

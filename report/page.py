@@ -17,7 +17,7 @@ from report.charts import ALL_POINTS, MOST_POINTS, Chart, Series, Span, figure
 from report.compare import comparison
 from report.folder import Run, duration, number_or, seconds_of_lines
 from report.html import facts, note, printable, section, table, text_of
-from report.words import differing_flags, headline
+from report.words import headline
 
 SCRIPT = Path(__file__).with_name("charts.js")
 STYLE = Path(__file__).with_name("page.css")
@@ -199,7 +199,11 @@ def origin_of(run):
 
 
 def flags_table(run):
-    rows = differing_flags(run.args)
-    if not rows:
-        return note("All flags are the defaults.") if run.args else ""
+    """Flags that were not the defaults, as the run's last start has written them down; else all of the checkpoint's."""
+    given = next((start["flags"] for start in reversed(run.starts) if isinstance(start.get("flags"), dict)), None)
+    if given is None:
+        rows = [(f"--{name}", value) for name, value in sorted(run.args.items())]
+        return f"<h3>Flags</h3>\n{table(('flag', 'value'), rows, 'flags')}" if rows else ""
+    pairs = {name: pair for name, pair in given.items() if isinstance(pair, list) and len(pair) == 2}
+    rows = [(f"--{name}", *pair) for name, pair in sorted(pairs.items()) if name != "output_dir"]
     return f"<h3>Flags that are not the defaults</h3>\n{table(('flag', 'value', 'default'), rows, 'flags')}"

@@ -1,9 +1,5 @@
 """What of a run is said in words."""
 
-from utils import UserError
-
-NOT_SHOWN = {"output_dir"}  # the page says it elsewhere
-
 
 def headline(run):
     """("good", "bad" or "unknown", a sentence about the run's health)."""
@@ -31,28 +27,6 @@ def judged(run):
         if row.get("checkpoint") not in ("raw pixels", "random weights") and isinstance(row.get("verdict"), str):
             return "" if row["verdict"] == "none" else row["verdict"]
     return None
-
-
-def differing_flags(args):
-    """Rows (flag, value, default) of a run's flags that are not the defaults of its objective."""
-    if not args:
-        return []
-    defaults = defaults_of(args.get("objective", "cplearn"))
-    return [
-        (f"--{name}", value, defaults.get(name, "-"))
-        for name, value in sorted(args.items())
-        if name not in NOT_SHOWN and plain(value) != plain(defaults.get(name))
-    ]
-
-
-def defaults_of(objective):
-    """{flag: value} of a command that gives no other; {} for an objective that this version does not know."""
-    from main_cplearn import get_args_parser
-
-    try:
-        return vars(get_args_parser().parse_args(["--objective", str(objective)]))
-    except (UserError, SystemExit):
-        return {}
 
 
 def plain(value):

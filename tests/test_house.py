@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_collapse", "visualize_attention"}
-SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments"}
-PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports")
+SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments", "make_report"}
+PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports", "report")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
     {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "objective"}
@@ -18,7 +18,7 @@ LEVELS = [  # a room imports from rooms below it, and from rooms on its own leve
     {"fused_loss"},  # the fast loss stands on the definition, never the reverse
     {"pretrained", "weight_layouts"},
     {"evaluation", "exports"},
-    {"experiments"},
+    {"experiments", "report"},
     SCRIPTS,
 ]
 PROGRAMS = {"experiments/supervised.py", "experiments/planted.py"}  # start scripts' own functions, as benchmarks do

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from base64 import b64encode
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from report import read_run, report_page
 from report.charts import MOST_POINTS, Series, thinned
 from report.compare import score_of, scores
 from report.words import headline
+from runs import flags, kill_at, launch, write_pictures
 from utils import UserError
 
 ROOT = Path(make_report.__file__).resolve().parent
@@ -171,6 +174,23 @@ def test_scores_of_seeds_are_one_line_with_mean_and_deviation(tmp_path):
     assert "--objective</th>" not in page.split("Flags that differ")[1].split("</section>")[0]
     weights = hashlib.sha256(b"backbone.w (4,) torch.float32" + np.arange(4, dtype=np.float32).tobytes()).hexdigest()
     assert weights[:16] in report_page(runs[:1])
+
+
+def test_a_run_that_was_killed_and_stopped_tells_each_start_and_its_end(tmp_path):
+    words = flags(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=2)
+    assert launch(words, tmp_path, faults={0: partial(kill_at, 7)}).wait() == [-signal.SIGKILL]
+    job = launch(words, tmp_path)
+    job.wait_for("step 12/")
+    job.signal(signal.SIGUSR2)
+    assert job.wait() == [128 + signal.SIGUSR2]
+    assert read_run(tmp_path / "run").state == "stopped"
+    assert launch(words, tmp_path).wait() == [0]
+    run = read_run(tmp_path / "run")
+    ends = [start.get("end", {}).get("how") for start in run.starts]
+    assert ends == [None, f"stopped by signal {int(signal.SIGUSR2)}", "finished"] and run.state == "finished"
+    assert run.starts[1]["step"] == 7 and run.step == run.total_steps == 24
+    assert run.starts[0]["flags"]["epochs"] == [2, 100] and "seed" not in run.starts[0]["flags"]
+    assert report_page([run]).count('"kind":"restart"') >= 2
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
