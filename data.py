@@ -50,6 +50,13 @@ class Level(Number):
 MEAN, STD = Level(float, least=0, most=1), Level(float, above=0, most=1)
 
 
+class OneOrSeveral(argparse.Action):
+    """Of nargs="+": a single value stays itself."""
+
+    def __call__(self, parser, args, values, option_string=None):
+        setattr(args, self.dest, values if len(values) > 1 else values[0])
+
+
 def add_dataset_arguments(parser):
     """Adds the flags that say which images are read and in what form the network gets them.
 
@@ -64,10 +71,14 @@ def add_dataset_arguments(parser):
     )
     add(
         "--data_path",
+        nargs="+",
+        action=OneOrSeveral,
         default=None,
+        metavar="PATH[:WEIGHT]",
         help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), or a text "
-        "file with one path per line; train/ and val/ (or test/) in it are found. Other data sets: where their files "
-        "are, or where to download them to",
+        "file with one path per line; train/ and val/ (or test/) in it are found. Several of them are one set: of A "
+        "B:0.5 an epoch draws each image of A once and every second of B. Other data sets: where their files are, or "
+        "where to download them to",
     )
     add_image_arguments(parser)
     add(
@@ -159,7 +170,9 @@ def available_cpus():
 class Batch:
     """What one process trains on in one step, before the device's part of the augmentation.
 
-    indices: (B,) int64, the images in the batch. A bad file's place holds the index of its replacement.
+    keys:    (B,) int64, of which the draws of an image's views are a function: its index; where an epoch draws it
+             again, that plus N, plus 2 N, ... A bad file's place holds the index of its replacement.
+    num_images: N, of the set.
     crops:   of each size a tensor (n, C, h, w) of levels, cropped and flipped: its first view of all images, then its
              second, ...; None when `images` is set.
     images:  uint8 (B, C, H, W), whole images of a set in memory, cropped later; None when `crops` is set.
@@ -167,11 +180,17 @@ class Batch:
     """
 
     epoch: int
-    indices: np.ndarray
+    keys: np.ndarray
+    num_images: int
     crops: list | None = None
     images: torch.Tensor | None = None
     bad: dict = dataclasses.field(default_factory=dict)
     num_failed: int = 0  # requested images that were bad, without bad replacements
+
+    @property
+    def indices(self):
+        """(B,) int64, the images in the batch."""
+        return self.keys % self.num_images
 
     def pin_memory(self):
         """Called by the DataLoader's pinning thread, so that copies to the GPU do not block."""
@@ -201,7 +220,7 @@ class TrainLoader:
     def __init__(self, images, args, batch_size, rank=0, world_size=1, recipe=None, device="cpu", accum_steps=1):
         self.images, self.max_bad_images, self.device = images, args.max_bad_images, torch.device(device)
         self.accum_steps = accum_steps
-        self.plan = Plan(args.seed, len(images), batch_size, accum_steps, rank, world_size)
+        self.plan = Plan(args.seed, images.draws, batch_size, accum_steps, rank, world_size)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.recipe = recipe or make_recipe(args)
         self.num_views = sum(len(group.views) for group in self.recipe.view_groups())
@@ -209,7 +228,7 @@ class TrainLoader:
         check_channels(images, args.in_chans)
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"{len(images)} images do not fill one batch of {self.plan.images_per_step} "
+                f"{self.plan.num_drawn} images do not fill one batch of {self.plan.images_per_step} "
                 f"({batch_size * accum_steps} on each of {world_size} processes): lower the batch size or add images"
             )
         self.coming = None  # (number in the run, end of the run) of the micro-batch that `stream` gives next
@@ -248,11 +267,11 @@ class TrainLoader:
         plan, images, device = self.plan, self.images, self.device  # not self: a circle would keep the workers alive
         if images.data is None:
             return self.workers.batches(lambda done: plan.micro_batches(number + done, end))
-        return (batch_in_memory(images, epoch, indices, device) for epoch, indices in plan.micro_batches(number, end))
+        return (batch_in_memory(images, epoch, keys, device) for epoch, keys in plan.micro_batches(number, end))
 
     def augment(self, batch, device):
         """Views of a batch: V float32 tensors (B, in_chans, h, w) on `device`, normalised; see `make_views`."""
-        return make_views(self.recipe, batch.epoch, batch.indices, device, batch.images, batch.crops)
+        return make_views(self.recipe, batch.epoch, batch.keys, device, batch.images, batch.crops)
 
     def describe_views(self):
         return self.recipe.describe(min(self.recipe.in_chans, self.images.channels))
@@ -273,15 +292,15 @@ class TrainLoader:
     def check_bad_images(self, total_bad=None):
         """Raises UserError if more than --max_bad_images of the images are bad.
 
-        total_bad: the sum of `num_bad_images` over all processes; None if there is one process. An epoch visits each
-        image once, over all processes, so the sum counts no file twice; sums of len(bad_images) would, after the first
-        epoch.
+        total_bad: the sum of `num_bad_images` over all processes; None if there is one process. Over all processes an
+        epoch visits each image as often as it draws it, so the sum counts no file twice; sums of len(bad_images)
+        would, after the first epoch.
         """
         total_bad = self.num_bad_images if total_bad is None else total_bad
-        if total_bad > self.max_bad_images * len(self.images):
+        if total_bad > self.max_bad_images * self.plan.num_drawn:
             examples = "; ".join(f"{name}: {reason}" for name, reason in itertools.islice(self.bad_images.items(), 3))
             raise UserError(
-                f"{total_bad} of {len(self.images)} images cannot be read, --max_bad_images allows "
+                f"{total_bad} of {self.plan.num_drawn} images cannot be read, --max_bad_images allows "
                 f"{self.max_bad_images:g} of them; {examples or 'named in the logs of the other processes'}"
             )
 
@@ -291,11 +310,16 @@ class Plan:
     """Which images a process takes in which step of the run: a function, without a past."""
 
     seed: int
-    num_images: int
+    draws: tuple  # ((images of a root, how many of them an epoch draws), ...)
     batch_size: int  # of a micro-batch
     accum_steps: int  # micro-batches of a process in a step
     rank: int
     world_size: int
+
+    @property
+    def num_drawn(self):
+        """Images of an epoch."""
+        return sum(drawn for _, drawn in self.draws)
 
     @property
     def images_per_step(self):
@@ -303,23 +327,40 @@ class Plan:
 
     @property
     def steps_per_epoch(self):
-        return self.num_images // self.images_per_step
+        return self.num_drawn // self.images_per_step
 
     def micro_batches(self, first, end):
-        """(epoch, indices int64 (B,)) of each micro-batch of the run from number `first` to before `end`."""
+        """(epoch, keys int64 (B,)) of each micro-batch of the run from number `first` to before `end`; see `Batch`."""
         per_epoch = self.steps_per_epoch * self.accum_steps
         while first < end:
             epoch, done = divmod(first, per_epoch)
-            order = epoch_order(self.seed, epoch, self.num_images)[: self.steps_per_epoch * self.images_per_step]
+            order = drawn_in_epoch(self.seed, epoch, self.draws)[: self.steps_per_epoch * self.images_per_step]
             mine = order.reshape(self.steps_per_epoch, self.world_size, -1)[:, self.rank]
             mine = mine.reshape(per_epoch, self.batch_size)[done:]
-            for indices in mine[: end - first]:
-                yield epoch, indices
+            for keys in mine[: end - first]:
+                yield epoch, keys
             first += len(mine)
 
 
-# "views" of things that are not views
-ORDER_OF_EPOCH, REPLACEMENT = 1 << 32, (1 << 32) + 1
+# "views" of things that are not views; that of a root is added to the last
+ORDER_OF_EPOCH, REPLACEMENT, ORDER_OF_ROOT = 1 << 32, (1 << 32) + 1, 1 << 33
+
+
+def drawn_in_epoch(seed, epoch, draws):
+    """The keys of an epoch's images in its order, int64; see `Batch`. draws: see `Plan`.
+
+    Of a root of n images that draws m = q n + r, all are drawn q times, and r more in turn: those that follow, in an
+    order of the root's own, the r of the epoch before. So over the epochs none is drawn twice more than another."""
+    keys, start, total = [], 0, sum(count for count, _ in draws)
+    for root, (count, drawn) in enumerate(draws):
+        times, rest = divmod(drawn, count)
+        keys += [start + again * total + np.arange(count) for again in range(times)]
+        if rest:
+            in_turn = np.argsort(uniform(seed, 0, np.arange(count), ORDER_OF_ROOT + root, 1)[:, 0], kind="stable")
+            keys.append(start + times * total + in_turn[(epoch * rest + np.arange(rest)) % count])
+        start += count
+    keys = np.concatenate(keys)
+    return keys[epoch_order(seed, epoch, len(keys))]
 
 
 def epoch_order(seed, epoch, count):
@@ -327,13 +368,14 @@ def epoch_order(seed, epoch, count):
     return np.argsort(uniform(seed, epoch, np.arange(count), ORDER_OF_EPOCH, 1)[:, 0], kind="stable")
 
 
-def batch_in_memory(images, epoch, indices, device):
-    batch = Batch(epoch, indices, images=images.data[torch.from_numpy(indices)])
+def batch_in_memory(images, epoch, keys, device):
+    batch = Batch(epoch, keys, len(images))
+    batch.images = images.data[torch.from_numpy(batch.indices)]
     return batch.pin_memory() if device.type == "cuda" else batch
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """(epoch, indices of one batch) -> Batch, a pure function."""
+    """(epoch, keys of one batch) -> Batch, a pure function."""
 
     MAX_ATTEMPTS = 100  # at --max_bad_images 0.5, chance leaves no good replacement once in 10^30
 
@@ -341,19 +383,18 @@ class CropDataset(torch.utils.data.Dataset):
         self.images, self.recipe = images, recipe
 
     def __getitems__(self, step):
-        epoch, indices = step
-        recipe, batch = self.recipe, Batch(epoch, indices.copy())
+        epoch, keys = step
+        recipe, batch = self.recipe, Batch(epoch, keys.copy(), len(self.images))
         groups, crops = recipe.view_groups(), None
-        for row in range(len(indices)):
+        for row in range(len(keys)):
             image = self.load_or_replace(batch, row)
             if image is None:
                 return batch
             crops = crops or [
-                image.new_empty((len(group.views), len(indices), len(image), group.size, group.size))
-                for group in groups
+                image.new_empty((len(group.views), len(keys), len(image), group.size, group.size)) for group in groups
             ]
             for group, views in zip(groups, crops, strict=True):
-                draws = view_draws(recipe, epoch, batch.indices[row : row + 1], group.views)
+                draws = view_draws(recipe, epoch, batch.keys[row : row + 1], group.views)
                 for view, crop in enumerate(crop_image(image, draws, group, recipe)):
                     views[view, row] = crop
         batch.crops = [views.flatten(0, 1) for views in crops]
@@ -361,14 +402,14 @@ class CropDataset(torch.utils.data.Dataset):
 
     def load_or_replace(self, batch, row):
         """The image, or the first readable one of a list that is a function of (seed, epoch, index), or None."""
-        candidates = [int(batch.indices[row])]
+        candidates = [int(batch.keys[row])]
         for attempt in range(self.MAX_ATTEMPTS):
             try:
-                image = self.images.load(candidates[attempt], self.recipe.in_chans)
-                batch.indices[row] = candidates[attempt]
+                image = self.images.load(candidates[attempt] % len(self.images), self.recipe.in_chans)
+                batch.keys[row] = candidates[attempt]
                 return image
             except BadImage as error:
-                batch.bad[candidates[attempt]] = str(error)
+                batch.bad[candidates[attempt] % len(self.images)] = str(error)
                 if attempt == 0:
                     batch.num_failed += 1
                     draws = uniform(self.recipe.seed, batch.epoch, candidates[0], REPLACEMENT, self.MAX_ATTEMPTS)[0]

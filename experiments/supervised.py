@@ -72,8 +72,8 @@ class Supervised(Objective):
 
     @classmethod
     def from_args(cls, args, backbone, course):
-        labels, classes = read_labels(args)
-        plan = Plan(args.seed, len(labels), course.batch_size, course.accum_steps, rank(), world_size())
+        labels, classes, draws = read_labels(args)
+        plan = Plan(args.seed, draws, course.batch_size, course.accum_steps, rank(), world_size())
         return cls(nn.Linear(backbone.embed_dim, len(classes)), labels, plan)
 
     def before_step(self, step, backbone):
@@ -82,8 +82,8 @@ class Supervised(Objective):
 
     def prepare(self, backbone, views, generator):
         """Labels (B,) of the micro-batch."""
-        _, indices = next(self.coming)
-        return [self.labels[torch.from_numpy(indices)].to(views[0].device)]
+        _, keys = next(self.coming)
+        return [self.labels[torch.from_numpy(keys % len(self.labels))].to(views[0].device)]
 
     def forward(self, rows, kept, generator):
         """V features (M B, D), and labels (M B,) -> cross-entropy in nats, top-1 in percent; means over all views."""
@@ -100,12 +100,13 @@ class Supervised(Objective):
 
 
 def read_labels(args):
-    """Labels int64 (N,) and the names of the classes of the training images. Raises UserError where there are none."""
+    """Of the training images the labels int64 (N,), the names of the classes, and how many an epoch draws of each root.
+    Raises UserError where there are no labels."""
     with contextlib.redirect_stderr(io.StringIO()):  # the run has said which images they are
         images = open_dataset(args, "train")
     if images.labels is None:
         raise UserError(f"the images in {args.data_path} have no labels; expected class folders, see --data_path")
-    return torch.as_tensor(images.labels), images.classes
+    return torch.as_tensor(images.labels), images.classes, images.draws
 
 
 if __name__ == "__main__":

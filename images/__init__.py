@@ -10,15 +10,16 @@ What a set of images is to those who read it: sets.py.
 import argparse
 import itertools
 import os
+import re
 import sys
 
 import numpy as np
 
 import utils
 from images.decoding import BadImage, first_line
-from images.folders import enumeration, find_images, read_text
+from images.folders import NoSplit, enumeration, find_images, read_text
 from images.reading import PAGES, PLAIN, Reading, load_image, pages_of
-from images.sets import ArrayImages, FolderImages, ImageSet
+from images.sets import ArrayImages, FolderImages, ImageSet, mix
 from images.small_sets import open_small_set
 from utils import UserError
 
@@ -83,7 +84,9 @@ def open_dataset(args, split="train"):
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, expected 'train' or 'val'")
     if args.dataset == "imagefolder":
-        images = open_folder(args.data_path, split, reading_of(args))
+        images = open_roots(args.data_path, split, reading_of(args))
+    elif isinstance(args.data_path, list):
+        raise UserError(f"--data_path has {len(args.data_path)} values; --dataset {args.dataset} has one place")
     else:
         images = open_small_set(args.dataset, args.data_path, split)
     if args.class_list:
@@ -93,6 +96,35 @@ def open_dataset(args, split="train"):
     if utils.rank() == 0:
         print("\n".join([f"{split}: {images.summary}", *images.notes()]), file=sys.stderr)  # stdout is for tables
     return images
+
+
+def open_roots(data_path, split="train", reading=PLAIN):
+    """The images of one root, or of several as one set, see MixedImages. data_path: PATH[:WEIGHT], or several."""
+    opened, without = [], []
+    for path, weight in map(path_and_weight, data_path if isinstance(data_path, list) else [data_path]):
+        try:
+            opened.append((open_folder(path, split, reading), weight if split == "train" else 1.0))
+        except NoSplit as error:
+            if split == "train":
+                raise
+            without.append(error)
+    if not opened:
+        raise without[0]
+    if len(opened) == 1 and opened[0][1] == 1.0:
+        return opened[0][0]
+    return mix(*zip(*opened, strict=True), [f"none in {len(without)} roots: {without[0]}"] if without else [])
+
+
+def path_and_weight(text):
+    """ "B:0.5" -> ("B", 0.5); what is there under its whole name has no weight."""
+    path, _, weight = (text or "").rpartition(":")
+    if not path or os.path.lexists(text) or not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", weight):
+        return text, 1.0
+    try:
+        weight = utils.Number(float, above=0, most=1000)(weight)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--data_path {text}: the weight after the colon: {error}") from None
+    return path, weight
 
 
 def open_folder(path, split="train", reading=PLAIN):

@@ -3,6 +3,7 @@
 Shapes: N images of a set, C channels, H x W px.
 """
 
+import bisect
 import functools
 import hashlib
 import os
@@ -36,6 +37,11 @@ class ImageSet:
     @property
     def channels(self):
         return self.reading.channels
+
+    @property
+    def draws(self):
+        """((images, how many of them an epoch draws), ...) of each root, in the order of the images."""
+        return ((len(self), len(self)),)
 
     @property
     def summary(self):
@@ -180,3 +186,85 @@ class ArrayImages(ImageSet):
 
     def kept(self, indices, labels, classes, remark):
         return ArrayImages(self.set_name, self.data[torch.from_numpy(indices)], labels, classes)
+
+
+class MixedImages(ImageSet):
+    """The images of several roots, one root after the other.
+
+    parts: sets.  weights: how often an epoch draws each image of a part: 1 once, 0.5 every second image, 2 twice.
+    labels, classes: of all images together, or None."""
+
+    def __init__(self, parts, weights, labels=None, classes=None, remarks=()):
+        self.parts, self.weights, self.labels, self.classes = parts, weights, labels, classes
+        self.remarks = list(remarks)
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
+        self.reading = parts[0].reading
+        self.roots = tuple(root for part in parts for root in part.roots)
+        self.num_files = sum(part.num_files for part in parts)
+
+    @property
+    def draws(self):
+        pairs = zip(self.parts, self.weights, strict=True)
+        return tuple((len(part), round(weight * len(part))) for part, weight in pairs)
+
+    @functools.cached_property
+    def fingerprint(self):
+        text = " ".join(f"{part.fingerprint} {n}" for part, (_, n) in zip(self.parts, self.draws, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def summary(self):
+        each = [
+            f"{part.summary}{f'; an epoch draws {drawn}' * (drawn != len(part))}"
+            for part, (_, drawn) in zip(self.parts, self.draws, strict=True)
+        ]
+        return f"{count(self)} in {len(self.parts)} roots: {' | '.join([*each, *self.remarks])}"
+
+    def notes(self):
+        return [note for part in self.parts for note in part.notes()]
+
+    def look_at_some(self, most=1000):
+        for part in self.parts:
+            yield from part.look_at_some(max(1, most * part.num_files // self.num_files))
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def part_of(self, index):
+        """(the part, the index in it)"""
+        number = bisect.bisect_right(self.ends, index)
+        return self.parts[number], index - (self.ends[number - 1] if number else 0)
+
+    def name(self, index):
+        part, own = self.part_of(index)
+        return part.name(own)
+
+    def content(self, index):
+        part, own = self.part_of(index)
+        return part.content(own)
+
+    def load(self, index, channels=3):
+        part, own = self.part_of(index)
+        return part.load(own, channels)
+
+    def kept(self, indices, labels, classes, remark):
+        parts, weights, start = [], [], 0
+        for part, weight, end in zip(self.parts, self.weights, self.ends, strict=True):
+            here = (indices >= start) & (indices < end)
+            if here.any():
+                parts.append(part.kept(indices[here] - start, labels[here], classes, remark))
+                weights.append(weight)
+            start = end
+        return MixedImages(parts, weights, labels, classes, self.remarks)
+
+
+def mix(parts, weights, remarks=()):
+    """MixedImages, whose classes are those of all parts by name; without labels where a part has none."""
+    if any(part.labels is None for part in parts):
+        bare = sum(part.labels is None for part in parts)
+        said = [f"no labels, as {bare} of {len(parts)} roots have none"] if bare < len(parts) else []
+        return MixedImages(parts, weights, remarks=[*remarks, *said])
+    classes = sorted({name for part in parts for name in part.classes}, key=os.fsencode)
+    number = {name: number for number, name in enumerate(classes)}
+    labels = [np.array([number[name] for name in part.classes])[part.labels] for part in parts]
+    return MixedImages(parts, weights, np.concatenate(labels).astype(np.int64), classes, remarks)
