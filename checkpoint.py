@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from running.watch import GRACE_S
 from utils import (
     RunFailed,
     Stopped,
@@ -47,7 +48,6 @@ from utils import (
     rank,
     world_size,
 )
-from watch import GRACE_S
 
 FORMAT = "cplearn 2"
 

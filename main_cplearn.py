@@ -70,6 +70,8 @@ from images import ImageSet, check_same_classes, open_dataset
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
 from pretrained import OBJECTIVES, load_backbone
+from running.watch import Watch
+from running.writer import Writer
 from utils import (
     PRECISIONS,
     Agreement,
@@ -91,8 +93,6 @@ from utils import (
     seed_everything,
     world_size,
 )
-from watch import Watch
-from writer import Writer
 
 GO_ON, SAVE, STOP = 0, 1, 2  # what the processes vote on after each step; STOP: save, then end by the signal
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SLURM's launchers send USR2 before a job's time is over

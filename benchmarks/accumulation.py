@@ -25,7 +25,7 @@ from PIL import Image
 import main_cplearn
 from benchmarks.head import machine
 from monitor import RunLog
-from watch import Watch
+from running.watch import Watch
 
 MODEL = (
     "--arch vit_tiny --patch_size 7 --img_size 28 --out_dim 16384 --head_impl tiled --precision fp32 --num_workers 0"

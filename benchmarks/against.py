@@ -28,7 +28,7 @@ SIDE = """
 import resource, sys, time
 import main_cplearn, torch
 from monitor import RunLog
-from watch import Watch
+from running.watch import Watch
 
 run = main_cplearn.build_run(main_cplearn.get_args_parser().parse_args(sys.argv[1:]))
 run.log, run.watch = RunLog(run.args.output_dir, 0, run.total_steps), Watch((), 0, lambda: None)

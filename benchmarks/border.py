@@ -22,7 +22,7 @@ import data
 import main_cplearn
 import monitor
 from benchmarks.step import wait_for, write_pictures
-from writer import HostCopy, Writer
+from running.writer import HostCopy, Writer
 
 STEPS = 6  # of an epoch
 PLACES = {  # what is called between two steps

@@ -46,8 +46,8 @@ import main_cplearn
 from benchmarks.head import machine
 from benchmarks.recipes import count_flops, is_product
 from monitor import RunLog, memory_mb
+from running.watch import Watch
 from utils import PRECISIONS, positive
-from watch import Watch
 
 FORMS = {
     "plain": ["--no-compile"],

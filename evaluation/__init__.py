@@ -40,8 +40,8 @@ import utils
 from backbones import lay_out
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel, split_key
+from running.watch import Watch
 from utils import PRECISIONS, UserError
-from watch import Watch
 
 PATIENCE_S = 600  # a process that waits longer than that for one batch shows where and ends
 RANKED = 5  # classes that a prediction names, for top-5

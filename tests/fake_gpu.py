@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import accumulation
 import main_cplearn
 from monitor import RunLog
-from watch import Watch
+from running.watch import Watch
 
 ROOT = Path(main_cplearn.__file__).resolve().parent
 CUDA = torch.device("cuda", 0)

@@ -8,7 +8,7 @@ import torch
 import main_cplearn
 from accumulation import FirstHalf, wrap
 from monitor import RunLog
-from watch import Watch
+from running.watch import Watch
 
 
 def steps_in_float64(rank, words, count=2):

@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_collapse", "visualize_attention"}
 SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments", "make_report"}
-PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports", "report")
+PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports", "report", "running")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
-    {"images", "dictionary", "checkpoint", "watch", "monitor", "backbones", "objective"}
-    | {"accumulation", "batch_norm", "writer"},
+    {"images", "dictionary", "checkpoint", "running", "monitor", "backbones", "objective"}
+    | {"accumulation", "batch_norm"},
     {"data"},
     {"cplearn_head"},
     {"baselines"},

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from running.watch import Watch
 from utils import UNFINISHED
-from watch import Watch
 
 ROOT = Path(__file__).parent.parent
 
 # the main thread waits in C, as in a collective, where Python's signal handlers do not run
 PROGRAM = """
 import ctypes, signal, time
-import watch
+from running import watch
 watch.GRACE_S, watch.FAREWELL_S = 1.0, 0.1
 def stuck_here():
     print("stuck", flush=True)
@@ -90,7 +90,7 @@ def test_standstill_before_the_first_step_ends_too():
 
 STUCK_LOADER = """
 import ctypes, time
-import watch
+from running import watch
 watch.FAREWELL_S = 0.1
 def batches():
     yield 1

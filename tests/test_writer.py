@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import load_checkpoint, save_checkpoint
-from writer import HostCopy, Writer
+from running.writer import HostCopy, Writer
 
 CPU = torch.device("cpu")
 

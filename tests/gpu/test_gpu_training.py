@@ -13,8 +13,8 @@ import torch.distributed as dist
 import main_cplearn
 from checkpoint import load_checkpoint
 from monitor import RunLog, read_log
+from running.watch import Watch
 from runs import ROOT, assert_same_checkpoint, flags, launch, run_to_end, tensors
-from watch import Watch
 
 SIGUSR2 = 12
 VIT = {"arch": "vit_tiny", "patch_size": 8, "width": None}
