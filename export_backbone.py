@@ -203,7 +203,8 @@ def how_measured(content, name, models):
     dataset = settings.get("dataset") or next(
         (m["dataset"] for m in models.values() if m.get("dataset")), "imagefolder"
     )
-    folder = f" {Path(settings['data_path']).name}" if settings.get("data_path") else ""
+    roots = settings.get("data_path") or []
+    folder = "".join(f" {Path(root).name}" for root in (roots if isinstance(roots, list) else [roots]))
     numbers = [
         f"{content[key]:,} {split} images" for key, split in NUMBERS.items() if isinstance(content.get(key), int)
     ]

@@ -103,7 +103,7 @@ class EvaluatedModel:
         --features_dir where they are there, and then mapped into memory, not loaded. Processes call it together."""
         if self.args.features_dir is None:
             return self._compute(images)
-        meaning = from_first(self._cache_meaning(images) if utils.rank() == 0 else None)  # before a picture is read
+        meaning = from_first(self.meaning(images) if utils.rank() == 0 else None)  # before a picture is read
         folder = Path(self.args.features_dir) / cache_key(meaning)
         whose = f"{self.name}: features of {len(images)} images"
         if from_first(folder.is_dir()):
@@ -140,7 +140,7 @@ class EvaluatedModel:
         self.model.cpu()  # room for the next one
         return found
 
-    def _cache_meaning(self, images):
+    def meaning(self, images):
         """Everything that features depend on."""
         image_flags = {name: getattr(self.args, name) for name in ("img_size", "in_chans", "mean", "std", "precision")}
         return {

@@ -74,10 +74,14 @@ def describe(images, codes, code, seed=0):
 def thumbnail(images, index):
     """The image, made smaller where it is larger than `THUMBNAIL`."""
     try:
-        pixels = as_picture(images.load(index, images.channels)).permute(1, 2, 0)  # (H, W, 3)
+        return as_thumbnail(images.load(index, images.channels))
     except BadImage as error:
         raise UserError(f"cannot read {images.name(index)}: {error}; see --data_path") from error
-    image = Image.fromarray(pixels.round().byte().numpy())
+
+
+def as_thumbnail(pixels):
+    """Levels (C, H, W) as a PIL image."""
+    image = Image.fromarray(as_picture(pixels).permute(1, 2, 0).round().byte().numpy())
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     return image
 

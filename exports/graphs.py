@@ -37,7 +37,11 @@ class Graph:
         """Sizes of images, in words."""
         if not self.free:
             return f"of {self.sizes[0][0]} x {self.sizes[0][1]} px, no other size"
-        return f"of any size of 2 patches or more of {self.step} px" if self.step > 1 else "of any size"
+        return (
+            f"of any size that is a multiple of {self.step} px, from {2 * self.step} px on"
+            if self.step > 1
+            else "of any size"
+        )
 
 
 class Onnx(Graph):

@@ -115,7 +115,7 @@ def test_batch_size_changes_no_feature(folder, sizes):
 
 
 def key(evaluated, images):
-    return evaluation.cache_key(evaluated._cache_meaning(images))
+    return evaluation.cache_key(evaluated.meaning(images))
 
 
 def test_features_are_computed_once_and_then_mapped(folder, tmp_path, monkeypatch, capsys):
