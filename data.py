@@ -35,16 +35,20 @@ from augmentation import (
     view_draws,
 )
 from images import DATASETS, BadImage, add_image_arguments
+from images.levels import AUTO, is_auto
 from images.workers import Workers
 from utils import Number, UserError
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
 class Level(Number):
-    """argparse's `type=` of a brightness: a number in a range, on the scale where black is 0 and white 1."""
+    """argparse's `type=` of a brightness: a number in a range, on the scale where black is 0 and white 1; or auto."""
+
+    def __call__(self, text):
+        return AUTO if text == AUTO else super().__call__(text)
 
     def __str__(self):
-        return f"{super().__str__()}, where black is 0 and white 1"
+        return f"auto, or {super().__str__()}, where black is 0 and white 1"
 
 
 MEAN, STD = Level(float, least=0, most=1), Level(float, above=0, most=1)
@@ -107,10 +111,11 @@ def add_dataset_arguments(parser):
         type=MEAN,
         nargs="+",
         default=None,
-        help="per channel; default: the data set's, ImageNet's for imagefolder. Give your own for images that look "
-        "unlike photographs",
+        help="per channel, or auto, in training: measured on a sample of the images and kept in the checkpoint. "
+        "Default: the data set's, for imagefolder of 1 or 3 channels ImageNet's, else auto. Give auto or your own for "
+        "images that look unlike photographs",
     )
-    add("--std", type=STD, nargs="+", default=None, help="per channel; see --mean")
+    add("--std", type=STD, nargs="+", default=None, help="per channel, or auto; see --mean")
     add(
         "--num_workers",
         type=Number(int, least=0, most=256),
@@ -132,19 +137,25 @@ def resolve_dataset_defaults(args):
         args.img_size = known["img_size"]
     if args.in_chans is None:
         args.in_chans = len(known["mean"])
+    training = hasattr(args, "augmentation")
     for name, kind in (("mean", MEAN), ("std", STD)):
         if getattr(args, name) is None:
-            setattr(args, name, fit_channels(known[name], args.in_chans))
-        check_levels(f"--{name}", getattr(args, name), kind, args.in_chans)
+            unknown = training and args.in_chans not in (1, 3)
+            setattr(args, name, [AUTO] if unknown else fit_channels(known[name], args.in_chans))
+        check_levels(f"--{name}", getattr(args, name), kind, args.in_chans, training)
     if args.num_workers is None:
         args.num_workers = max(1, min(10, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if hasattr(args, "augmentation"):
+    if training:
         resolve_augmentation_defaults(args)
     return args
 
 
-def check_levels(flag, values, kind, channels):
+def check_levels(flag, values, kind, channels, training):
     """One per channel and in the range of `kind`: they may come from a checkpoint as well as from the flag."""
+    if training and is_auto(values):
+        return
+    if AUTO in values:
+        raise UserError(f"{flag} auto: stands alone, and in training: give numbers, one per channel")
     if len(values) != channels:
         raise UserError(f"{flag} has {len(values)} values, --in_chans is {channels}: give one per channel")
     try:

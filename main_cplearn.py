@@ -67,6 +67,7 @@ from cplearn_head import CPLearn, CPLearnHead
 from evaluation.knn import knn_of_run
 from fused_loss import choose_loss
 from images import ImageSet, check_same_classes, open_dataset
+from images.levels import fill_in_levels
 from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
 from pretrained import OBJECTIVES, load_backbone
@@ -507,6 +508,7 @@ def build_run(args):
     images = open_dataset(args, "train")
     val_images = open_val(args, images) if args.knn_every else None
     refuse_differences(args, images)
+    fill_in_levels(args, images, earlier)
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device, accum_steps=accum_steps)
     total_steps = min(args.epochs * loader.steps_per_epoch, args.max_steps or sys.maxsize)
     seed_everything(args.seed)

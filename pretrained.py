@@ -56,7 +56,8 @@ from weight_layouts import (
 )
 
 OBJECTIVES = {"cplearn": CPLearn} | BASELINES  # --objective -> its class
-FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std", "value_range")  # what evaluations take over from the file
+# what evaluations take over from the file
+FROM_CHECKPOINT = ("img_size", "in_chans", "mean", "std", "value_range", "pages", "float_pixels")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -362,8 +363,8 @@ def _settings(network, shapes, given, saved):
 class PretrainedModel(nn.Module):
     """A frozen backbone, and its head where the file has one that names codes: of an objective of ours, or DINO's.
 
-    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, value_range, dataset,
-    objective, beta, prior, checkpoint_key and epoch; None where the file does not say.
+    .embed_dim: D.  .settings: dict with arch, img_size, patch_size, in_chans, mean, std, value_range, pages,
+    float_pixels, dataset, objective, beta, prior, checkpoint_key and epoch; None where the file does not say.
     """
 
     def __init__(self, backbone, head=None, settings=None):
@@ -446,8 +447,7 @@ def _read(path):
 def _first_known(given, certain, saved, shapes):
     """Settings by the first source that has them. Shapes give our name to a ViT of many names (deit_small,
     vit_small_patch16_224); they do not tell the size of images, only that of the position embedding."""
-    names = ("arch", "patch_size", "in_chans", "img_size", "mean", "std", "value_range", "dataset")
-    names += ("objective", "beta", "prior")
+    names = (*FROM_CHECKPOINT, "arch", "patch_size", "dataset", "objective", "beta", "prior")
     sources = (given, certain, saved, shapes)
     return {name: next((s[name] for s in sources if s.get(name) is not None), None) for name in names}
 

@@ -27,6 +27,7 @@ import torch
 from timm.layers import resample_patch_embed
 
 from cplearn_head import ACTIVATIONS
+from images.reading import PAGES
 from utils import UserError
 
 WRAPPERS = re.compile(  # parts of a name that wrap a module without being one of its own
@@ -180,6 +181,8 @@ PLAUSIBLE = {
     "mean": (_are_numbers, "a number per channel"),
     "std": (_are_numbers, "a number per channel"),
     "value_range": (_are_numbers, "two numbers"),
+    "pages": (lambda value: value in PAGES, f"one of {PAGES}"),
+    "float_pixels": (lambda value: isinstance(value, bool), "true or false"),
     "backbone_parts": (_are_untold, f"a dict of {', '.join(UNTOLD)}"),
 }
 
