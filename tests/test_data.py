@@ -502,9 +502,12 @@ def test_defaults_follow_the_data_set():
         (("--num_workers", -1), "num_workers"),
         (("--mean", 0.1, 0.2), "2 values, --in_chans is 1"),
         (("--num_workers", 257), "at most 256"),
-        (("--std", 0), "--std 0: expected a number above 0 and of at most 1, where black is 0 and white 1"),
+        (("--std", 0), "--std 0: expected auto, or a number above 0 and of at most 1, where black is 0 and white 1"),
         (("--std", 58.4), "--std 58.4"),
-        (("--mean", 123.7), "--mean 123.7: expected a number of at least 0 and of at most 1, where black is 0"),
+        (
+            ("--mean", 123.7),
+            "--mean 123.7: expected auto, or a number of at least 0 and of at most 1, where black is 0",
+        ),
         (("--mean", -0.1), "of at least 0"),
         (("--mean", "nan"), "--mean nan"),
         (("--in_chans", 0), "in_chans"),
@@ -533,7 +536,8 @@ def test_channels_that_cannot_be_made(photographs):
     with pytest.raises(UserError, match="--in_chans 2: these images have 3 channels"):
         array_loader(photographs, "--in_chans", 2)
     four = torch.cat([photographs, photographs[:, :1]], 1)
-    loader = array_loader(four, "--in_chans", 4, "--augmentation", "dino")
+    levels = ("--mean", *[0.5] * 4, "--std", *[0.2] * 4)
+    loader = array_loader(four, "--in_chans", 4, "--augmentation", "dino", *levels)
     assert loader.augment(next(iter(loader.epoch(0))), "cpu")[0].shape == (16, 4, 32, 32)
     with pytest.raises(UserError, match=r"--in_chans 3: these images have 4 channels; expected 4$"):
         array_loader(four, "--in_chans", 3)
