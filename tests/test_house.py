@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main_cplearn", "eval_linear", "eval_knn", "eval_cluster", "eval_collapse", "visualize_attention"}
 SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments", "make_report"}
-SCRIPTS |= {"extract_features"}
+SCRIPTS |= {"extract_features", "eval_dense"}
 PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports", "report", "running")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
     {"utils", "augmentation", "vision_transformer"},
