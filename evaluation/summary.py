@@ -2,7 +2,7 @@
 
     python -m evaluation.summary runs/demo
 
-Columns: k-NN, few labels, linear, clusters, RankMe, as far as they were evaluated there.
+Columns: k-NN, few labels, linear, clusters, segmentation, RankMe, as far as they were evaluated there.
 """
 
 import json
@@ -53,6 +53,8 @@ def scores_of(name, row):
         return [("linear %", row["top1"], ".2f")]
     if name == "results_cluster" and row.get("ami") is not None:
         return [(f"{row['method']}, AMI", row["ami"], ".3f")]
+    if name == "results_dense":
+        return [(f"{row['method']} segmentation, mean IoU %", row["miou"], ".2f")]
     return [("RankMe", row["rankme"], ".1f")] if name == "results_collapse" else []
 
 

@@ -21,6 +21,14 @@ def test_a_line_per_model_and_a_column_per_score_in_the_order_of_the_evaluations
     assert lines[2:] == [["a", "81.50", "70.0 ± 1.3", "0.500"], ["b", "60.00", "-", "-"]]
 
 
+def test_segmentations_have_a_column_each(tmp_path):
+    write(
+        tmp_path, "dense", [{"checkpoint": "a", "method": m, "miou": v} for m, v in (("k-NN", 50.0), ("linear", 61.5))]
+    )
+    lines = summary(tmp_path).splitlines()
+    assert "k-NN segmentation, mean IoU %" in lines[0] and "50.00" in lines[2] and "61.50" in lines[2]
+
+
 def test_a_folder_without_results_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no results"):
         summary(tmp_path)
