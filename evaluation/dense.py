@@ -67,7 +67,9 @@ def open_masked(root, split, reading):
     missing = [mask for mask in masks if not mask.is_file()]
     if missing:
         raise UserError(f"--data_path {root}: {len(missing)} of {len(masks)} masks are missing, such as {missing[0]}")
-    return MaskedImages(root, names, masks, reading, [f"of {file}"])
+    images = MaskedImages(root, names, masks, reading, [f"of {file}"])
+    images.check_range_is_known()
+    return images
 
 
 def image_name(root, line, file):
