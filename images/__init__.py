@@ -20,6 +20,7 @@ from images.decoding import BadImage, first_line
 from images.folders import NoSplit, enumeration, find_images, read_text
 from images.reading import PAGES, PLAIN, Reading, load_image, pages_of
 from images.sets import ArrayImages, FolderImages, ImageSet, mix
+from images.shards import is_shard, kind_of, open_shards
 from images.small_sets import open_small_set
 from utils import UserError
 
@@ -101,7 +102,7 @@ def open_dataset(args, split="train"):
 def open_roots(data_path, split="train", reading=PLAIN):
     """The images of one root, or of several as one set, see MixedImages. data_path: PATH[:WEIGHT], or several."""
     opened, without = [], []
-    for path, weight in map(path_and_weight, data_path if isinstance(data_path, list) else [data_path]):
+    for path, weight in roots_of(data_path if isinstance(data_path, list) else [data_path]):
         try:
             opened.append((open_folder(path, split, reading), weight if split == "train" else 1.0))
         except NoSplit as error:
@@ -113,6 +114,19 @@ def open_roots(data_path, split="train", reading=PLAIN):
     if len(opened) == 1 and opened[0][1] == 1.0:
         return opened[0][0]
     return mix(*zip(*opened, strict=True), [f"none in {len(without)} roots: {without[0]}"] if without else [])
+
+
+def roots_of(texts):
+    """[(path or list of shards, weight), ...]: shards of one kind that are named one after the other are one root."""
+    roots = []
+    for path, weight in map(path_and_weight, texts):
+        together = len(texts) > 1 and weight == 1.0 and is_shard(path)
+        before = roots[-1][0] if roots else None
+        if together and isinstance(before, list) and kind_of(before[0]) is kind_of(path):
+            before.append(path)
+        else:
+            roots.append(([path] if together else path, weight))
+    return roots
 
 
 def path_and_weight(text):
@@ -128,7 +142,12 @@ def path_and_weight(text):
 
 
 def open_folder(path, split="train", reading=PLAIN):
-    """FolderImages of a split of a folder, or of a text file that lists images; see folders.py and `load_image`."""
+    """A split of a folder, of a text file that lists images (folders.py), or of shards (shards.py)."""
+    in_shards = (
+        None if path is None else open_shards([path] if isinstance(path, (str, os.PathLike)) else path, split, reading)
+    )
+    if in_shards is not None:
+        return in_shards
     found = find_images(path, split)
     remarks, names, labels = [f"of {found.place}", *found.remarks], found.names, found.labels
     if reading.pages == "images":

@@ -306,7 +306,9 @@ def read_folder(root, remarks):
     walk = Walk(root)
     names = list(walk.names())
     if not names:
-        looked_for = f"looked for {' '.join(sorted(known_endings() | late_endings()))} in it and all its folders"
+        looked_for = (
+            f"looked for {' '.join(sorted(known_endings() | late_endings()))} in it and its folders, and for shards"
+        )
         raise UserError("; ".join([f"no images in {root}", *walk.remarks(), looked_for]))
     tops = [name.split(b"/", 1)[0] if b"/" in name else None for name in names]
     folders = dict.fromkeys(top for top in tops if top is not None)
@@ -436,8 +438,8 @@ def check_is_list(path):
     what = what or image_kind(path) or ("a binary file" if b"\0" in head else None)
     if what:
         raise UserError(
-            f"--data_path {path} is {what}, which is not read as a data set: unpack or convert it to a folder of "
-            "images, or to a text file (UTF-8) with one path per line"
+            f"--data_path {path} is {what}, which is not read as a data set under this name (.tar, .zip, .parquet, "
+            ".arrow, .h5 are): unpack or convert it, or give a text file (UTF-8) with one path per line"
         )
 
 

@@ -261,11 +261,11 @@ def test_a_class_list_with_a_byte_order_mark_and_carriage_returns(tmp_path):
 
 
 OTHER_FILES = {
-    "zip": (b"PK\x03\x04" + bytes(50), "a zip archive"),
-    "tar": (b"name".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "a tar archive"),
+    "pth": (b"PK\x03\x04" + bytes(50), "a zip archive"),
+    "": (b"name".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "a tar archive"),
     "tar.gz": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive"),
-    "h5": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
-    "parquet": (b"PAR1\x15\x04", "a Parquet file"),
+    "mat": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    "pq": (b"PAR1\x15\x04", "a Parquet file"),
     "npy": (b"\x93NUMPY\x01\0", "a NumPy array"),
     "utf-16": ("a.png\n".encode("utf-16"), "text in UTF-16"),
     "mdb": (bytes(5000), "a binary file"),

@@ -1,0 +1,207 @@
+"""Tables of images: Parquet files, and the Arrow files of Hugging Face's data sets saved on disk.
+
+The image column is binary, or Hugging Face's {bytes, path}; a label column holds numbers or names. Parquet is read row
+group by row group in batches of a few rows, Arrow is mapped into memory: neither is ever in memory as a whole.
+"""
+
+import json
+import os
+
+from images.listing import Broken, Listing, clean, label_text
+
+# the first that is there; another name does where its type says what it is
+IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content", "data")
+LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "target", "fine_label", "y")
+BATCH_ROWS = 16
+LARGEST_PAGE = 2**30  # bytes of a row group's or record batch's images
+
+
+def pyarrow():
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    return pyarrow
+
+
+class Columns:
+    """Which columns of a schema are the images and their labels.
+
+    image: name.  leaf: the path of the bytes in it.  names: the path of their file names, or None.  label: name or
+    None.  classes: names of the numbers in it, where Hugging Face's description has them.
+    """
+
+    def __init__(self, schema):
+        types = pyarrow().types
+        kinds = {field.name: kind_of_column(types, field.type) for field in schema}
+        images = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
+        named = [name for name in IMAGE_COLUMNS if name in images]
+        structs = [name for name in images if kinds[name] == "struct"]
+        if not images or (not named and not structs and len(images) > 1):
+            there = ", ".join(f"{field.name} ({field.type})" for field in list(schema)[:8]) or "none"
+            raise Broken(f"its columns are {there}; expected images as binary, or as bytes and path, in a column image")
+        self.image = (named or structs or images)[0]
+        self.is_struct = kinds[self.image] == "struct"
+        self.leaf = f"{self.image}.bytes" if self.is_struct else self.image
+        self.names = f"{self.image}.path" if self.is_struct and has_path(types, schema.field(self.image).type) else None
+        labels = [name for name in LABEL_COLUMNS if kinds.get(name) == "label"]
+        self.label = labels[0] if labels else None
+        self.classes = class_names(schema.metadata, self.label)
+
+    def leaves(self):
+        return [column for column in (self.names, self.label) if column]
+
+    def names_and_labels(self, table, stem, start):
+        """(names, labels) of the rows of a table with `leaves`; rows are counted from `start` where they have none."""
+        names = labels = [None] * len(table)
+        if self.names:
+            names = field_of(table.column(self.image), "path").to_pylist()
+        if self.label:
+            labels = [self.label_of(value) for value in table.column(self.label).to_pylist()]
+        cleaned = [clean(os.fsencode(name)) if name else None for name in names]
+        counted = [f"{stem}-{start + row:012d}".encode() for row in range(len(table))]
+        return [name or number for name, number in zip(cleaned, counted, strict=True)], labels
+
+    def label_of(self, value):
+        if self.classes and type(value) is int:
+            value = self.classes[value] if 0 <= value < len(self.classes) else None
+        return label_text(value)
+
+
+def kind_of_column(types, type_):
+    if types.is_binary(type_) or types.is_large_binary(type_):
+        return "bytes"
+    if types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
+        inner = type_.field("bytes").type
+        return "struct" if types.is_binary(inner) or types.is_large_binary(inner) else None
+    text = types.is_string(type_) or types.is_large_string(type_) or types.is_dictionary(type_)
+    return "label" if types.is_integer(type_) or text else None
+
+
+def has_path(types, type_):
+    return type_.get_field_index("path") >= 0 and types.is_string(type_.field("path").type)
+
+
+def class_names(metadata, label):
+    """Of Hugging Face's ClassLabel, which stands beside the columns as JSON; None where there is none."""
+    try:
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]
+        names = feature["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def field_of(column, name):
+    """A field of a chunked struct column."""
+    chunks = [chunk.field(name) for chunk in column.chunks]
+    return pyarrow().chunked_array(chunks, pyarrow().string() if not chunks else chunks[0].type)
+
+
+def cell(column, is_struct, row):
+    value = (column.field("bytes") if is_struct else column)[row]
+    if not value.is_valid:
+        raise Broken("the row holds no bytes of an image")
+    return value.as_py()
+
+
+def stem_of(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+class Parquet:
+    """place: row group, row in it."""
+
+    has_folders, size_column = False, None
+
+    def __init__(self, path):
+        self.file = pyarrow().parquet.ParquetFile(path, memory_map=True)
+        self.columns = Columns(self.file.schema_arrow)
+        self.group, self.start, self.batch = None, 0, None
+
+    def read(self, place):
+        """Rows of a group come in batches: a row behind the last one is reached by going on, another from the start."""
+        group, row = map(int, place)
+        if group != self.group or row < self.start:
+            self.batches = self.file.iter_batches(
+                BATCH_ROWS, row_groups=[group], columns=[self.columns.leaf], use_threads=False
+            )
+            self.group, self.start, self.batch = group, 0, next(self.batches)
+        while row >= self.start + len(self.batch):
+            self.start += len(self.batch)
+            self.batch = next(self.batches)
+        return cell(self.batch.column(0), self.columns.is_struct, row - self.start)
+
+    def close(self):
+        self.file.close()
+
+    @staticmethod
+    def look(path):
+        shard, listing = Parquet(path), Listing(width=2)
+        metadata, columns = shard.file.metadata, shard.columns
+        check_count(metadata.num_rows, path)
+        done = 0
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            if image_bytes(metadata.row_group(group), columns.leaf) > LARGEST_PAGE:
+                listing.passed[f"in row groups of more than {LARGEST_PAGE} bytes: write smaller ones"] += rows
+                done += rows
+                continue
+            names, labels = [f"{stem_of(path)}-{done + row:012d}".encode() for row in range(rows)], [None] * rows
+            if columns.leaves():
+                table = shard.file.read_row_group(group, columns=columns.leaves(), use_threads=False)
+                names, labels = columns.names_and_labels(table, stem_of(path), done)
+            for row, (name, label) in enumerate(zip(names, labels, strict=True)):
+                listing.add(name, (group, row), label)
+            done += rows
+        shard.close()
+        return listing, ""
+
+
+def image_bytes(group, leaf):
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
+
+
+def check_count(count, path):
+    if count > os.path.getsize(path):
+        raise Broken(f"says that it holds {count} rows in {os.path.getsize(path)} bytes")
+
+
+class Arrow:
+    """place: record batch, row in it."""
+
+    has_folders, size_column = False, None
+
+    def __init__(self, path):
+        ipc, self.map = pyarrow().ipc, pyarrow().memory_map(path)
+        if self.map.read(6) == b"ARROW1":
+            reader = ipc.open_file(self.map)
+            self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        else:
+            self.map.seek(0)
+            reader = ipc.open_stream(self.map)
+            self.batches = list(reader)
+        self.columns = Columns(reader.schema)
+
+    def read(self, place):
+        batch, row = map(int, place)
+        column = self.batches[batch].column(self.columns.image)
+        return cell(column, self.columns.is_struct, row)
+
+    def close(self):
+        self.batches = []
+        self.map.close()
+
+    @staticmethod
+    def look(path):
+        shard, listing, done = Arrow(path), Listing(width=2), 0
+        check_count(sum(map(len, shard.batches)), path)
+        for number, batch in enumerate(shard.batches):
+            batch.validate(full=True)  # that lengths inside lead to no place outside
+            table = pyarrow().Table.from_batches([batch])
+            names, labels = shard.columns.names_and_labels(table, stem_of(path), done)
+            for row, (name, label) in enumerate(zip(names, labels, strict=True)):
+                listing.add(name, (number, row), label)
+            done += len(batch)
+        shard.close()
+        return listing, ""
