@@ -34,10 +34,13 @@ import data
 from accumulation import (
     Ahead,
     FirstHalf,
+    add_tuning_arguments,
     backward_of_joint_batch,
     build_optimizer,
+    describe_tuning,
     pass_through,
     refuse_batch_norm,
+    set_modes,
     wrap,
 )
 from backbones import (
@@ -118,6 +121,7 @@ def get_args_parser(objectives=OBJECTIVES):
     add_backbone_arguments(parser)
     add_objective_arguments(parser, objectives)
     add_optimization_arguments(parser)
+    add_tuning_arguments(parser)
     add_run_arguments(parser)
     return parser
 
@@ -267,6 +271,8 @@ def train(args):
             set_schedules(run, step - 1)
             finish_epoch(run, step)
         keep_copy(run, step)  # the earlier start may have ended before it could
+        if args.knn_every and step == 0:  # what the run starts from, so that later lines show what it forgets
+            run.log.write({"kind": "start", "step": 0} | measure(run, step))
         while step < run.total_steps:
             step = train_one_epoch(run, step)
             finish_epoch(run, step)
@@ -281,7 +287,7 @@ def train_one_epoch(run, step):
     """From global step `step` to the end of its epoch (or of the run); returns the step reached."""
     epoch, first = divmod(step, run.loader.steps_per_epoch)
     last = min((epoch + 1) * run.loader.steps_per_epoch, run.total_steps)
-    run.model.train()
+    set_modes(run, step)
     run.buffers_before_step = buffers_before_step(run, step)
     clock = Clock()
     for batches in clock.waiting(run.loader.steps(epoch, first, run.total_steps)):
@@ -329,7 +335,7 @@ def set_schedules(run, step):
     lr = cosine_schedule(step, run.total_steps, peak_lr(run), args.min_lr, warmup_steps(run))
     weight_decay = cosine_schedule(step, run.total_steps, args.weight_decay, args.weight_decay_end)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         if group["decayed"]:
             group["weight_decay"] = weight_decay
 
@@ -418,9 +424,7 @@ def finish_epoch(run, step):
     found = {}
     if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
         save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
-        # what fails on one of several processes ends them all: the others are inside a collective
-        with run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
-            found = knn_of_run(run, step)
+        found = measure(run, step)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
     if last or copy_is_due(run, step):  # else the clock decides
@@ -428,10 +432,19 @@ def finish_epoch(run, step):
     run.log.draw(last)
 
 
+def measure(run, step):
+    """k-NN of the backbone as it is: {"knn_top1": percent}, or nothing where it fails."""
+    # what fails on one of several processes ends them all: the others are inside a collective
+    with run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
+        return knn_of_run(run, step)
+    return {}
+
+
 def describe(run, step):
     """State what was derived from the flags, before the first step."""
     args, model, say = run.args, run.model, run.log.print
-    groups = {group["decayed"]: sum(p.numel() for p in group["params"]) for group in run.optimizer.param_groups}
+    counts = [(group["decayed"], sum(p.numel() for p in group["params"])) for group in run.optimizer.param_groups]
+    decayed, plain = (sum(count for kind, count in counts if kind is decays) for decays in (True, False))
     say(f"commit {commit()}; torch {torch.__version__}; {run.device}, {world_size()} processes, {args.precision}")
     say(f"data: {len(run.loader.images)} images of {args.dataset}, {run.loader.steps_per_epoch} steps per epoch, "
         f"{run.loader.num_views} views, {args.augmentation} augmentation")  # fmt: skip
@@ -441,8 +454,10 @@ def describe(run, step):
         say(text)
     say(
         f"{describe_batch(run)}; lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after "
-        f"{warmup_steps(run)} steps; {args.optimizer}, {groups[True]:,} parameters decayed, {groups[False]:,} not"
+        f"{warmup_steps(run)} steps; {args.optimizer}, {decayed:,} parameters decayed, {plain:,} not"
     )
+    for text in describe_tuning(run, warmup_steps(run)):
+        say(text)
     if (run.batch_size, run.accum_steps) != (args.batch_size_per_gpu, args.accum_steps):
         say(
             f"note: to keep the run's {run.effective_batch} images per step, --batch_size_per_gpu "

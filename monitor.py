@@ -147,7 +147,7 @@ class RunLog:
             self.bar.update()
 
     def write(self, line):
-        """Append a dict of numbers with "kind" ("step" or "epoch") and "step"; what is not finite becomes null."""
+        """Append a dict of numbers with "kind" ("start", "step", "epoch") and "step"; what is not finite is null."""
         self.step = line["step"]
         if rank() != 0:
             return
@@ -266,7 +266,7 @@ def drop_lines_after(path, step, epoch_is_open=False):
     """Remove what a killed run logged after its last checkpoint: the resumed run writes it again. epoch_is_open: the
     checkpoint is of an epoch's end, and the epoch's own line comes after it."""
     if path.exists():
-        kept = [line for line in read_log(path) if line["step"] <= step]
+        kept = [line for line in read_log(path) if step and line["step"] <= step]
         if epoch_is_open:
             kept = [line for line in kept if (line["kind"], line["step"]) != ("epoch", step)]
         with replace_file(path) as file:

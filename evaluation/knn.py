@@ -8,6 +8,7 @@ Shapes: N training images, M test images, D features, C classes, k neighbours, b
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import data
 import evaluation
 import utils
 from evaluation import RANKED
+from monitor import read_log
 from utils import UserError
 
 MEMORY_MB = 1024  # what one chunk of test images may take
@@ -125,7 +127,9 @@ def knn_of_run(run, step):
     search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch
     with run.watch.paused():
         (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
-    run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %")
+    before = [line.get("knn_top1") for line in read_log(Path(args.output_dir) / "log.txt") if line["kind"] == "start"]
+    beside = f" (before the first step: {before[0]:.2f} %)" if before and before[0] is not None else ""
+    run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %{beside}")
     return {"knn_top1": accuracy["top1"]}
 
 

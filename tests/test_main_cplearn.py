@@ -21,6 +21,7 @@ import monitor
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
+from evaluation.knn import knn_of_run
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from pretrained import load_pretrained
@@ -557,7 +558,9 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "broken" / "checkpoint.pth")
 
     def killed(run, step):
-        raise KeyboardInterrupt
+        if step:
+            raise KeyboardInterrupt
+        return knn_of_run(run, step)
 
     monkeypatch.setattr(main_cplearn, "knn_of_run", killed)
     with pytest.raises(KeyboardInterrupt):
