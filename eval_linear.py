@@ -1,4 +1,4 @@
-"""Linear classification on frozen features, by one of four protocols.
+"""Linear classification on frozen features, by one of four protocols; or fine-tuning, which is a fifth.
 
     python eval_linear.py --checkpoint runs/a/checkpoint.pth runs/b/checkpoint.pth --output_dir results
     python eval_linear.py --checkpoint runs/a/checkpoint.pth --protocol adam
@@ -7,6 +7,8 @@
         --dataset imagefolder --data_path /data/imagenet --output_dir results
     python eval_linear.py --protocol dino --checkpoint dino_deitsmall16_pretrain.pth \\
         --linear_weights dino_deitsmall16_linearweights.pth --dataset imagefolder --data_path /data/imagenet
+    torchrun --nproc_per_node=8 eval_linear.py --protocol finetune --checkpoint dino_deitsmall16_pretrain.pth \\
+        --dataset imagefolder --data_path /data/imagenet --output_dir results
 
 fast    features of each image once; a grid of learning rates and weight decays is trained at once, and one of them
         chosen by a tenth of the training images
@@ -15,17 +17,17 @@ few     the same features; logistic regression on a few labelled training images
         several draws of these images, the same for all models, with the standard deviation over the draws
 dino    that of DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the
         last four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
+finetune  the backbone learns too: AdamW, layer decay, mixup and cutmix (evaluation/finetune.py); resumable as dino is
 
 No protocol chooses anything by the test images: the score is that of the fitted classifier, or of the last epoch.
 Prints top-1 and top-5 accuracy in percent of the validation images, and the classes that go best and worst. With
 --output_dir: results_linear.md, results_linear.json (also the accuracy of each class) and confusion_<model>.png; of
-few results_few.md, results_few.json and confusion_few_<model>.png, which leave those of another protocol alone.
+few and finetune results_<protocol>.md, results_<protocol>.json and confusion_<protocol>_<model>.png, which leave those
+of another protocol alone.
 
 Shapes: B images per process, N validation images, D features, C classes.
 """
 
-import json
-import reprlib
 import warnings
 from pathlib import Path
 
@@ -40,7 +42,8 @@ import data
 import evaluation
 import utils
 from augmentation import make_crop_recipe
-from evaluation import RANKED
+from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
+from evaluation.finetune import DEFAULTS, add_finetune_arguments, check_finetune_arguments, finetune
 from evaluation.linear_probe import (
     EPOCHS,
     LRS,
@@ -51,7 +54,6 @@ from evaluation.linear_probe import (
     fit_few,
     fit_selected,
     predict,
-    rank_classes,
     scores,
 )
 from utils import PRECISIONS, UserError
@@ -64,6 +66,7 @@ PROTOCOLS = {
     "few": {"labels_per_class": 10, "draws": 10},
     "dino": {"epochs": 100, "lr": 1e-3, "val_freq": 1, "num_labels": None, "evaluate": False, "linear_weights": None,
              "max_bad_images": 0.01},
+    "finetune": DEFAULTS,
 }  # fmt: skip
 COLUMNS = {
     "checkpoint": ("checkpoint", ""),
@@ -84,6 +87,12 @@ OWN_COLUMNS = {
         "draws": ("draws", "d"),
     },
     "dino": {"epochs": ("epochs", "d"), "best_test_top1": ("best epoch on the test images, top-1 %", ".2f")},
+    "finetune": {
+        "epochs": ("epochs", "d"),
+        "lr": ("lr", "g"),
+        "layer_decay": ("layer decay", "g"),
+        "best_test_top1": ("best epoch on the test images, top-1 %", ".2f"),
+    },
 }
 KEPT = "checkpoint.pth.tar"  # DINO's name: its script goes on from ours, and ours from its
 LOG = "log_linear.txt"  # where DINO has log.txt, which beside a checkpoint of ours is the training run's
@@ -97,7 +106,8 @@ def get_args_parser():
         choices=list(PROTOCOLS),
         default="fast",
         help="fast: features once, best of a grid; adam: the paper's, for small sets; few: few labels per class, mean "
-        "over draws; dino: with augmentation, --batch_size_per_gpu images per step and process",
+        "over draws; dino: with augmentation, --batch_size_per_gpu images per step and process; finetune: so too, and "
+        "the backbone learns",
     )
     add(
         "--n_last_blocks", type=utils.positive(int), default=None,
@@ -117,11 +127,12 @@ def get_args_parser():
     )  # fmt: skip
     add(
         "--epochs", type=utils.positive(int), default=None,
-        help=f"passes over the training images (default: fast {EPOCHS}; adam and dino 100)",
+        help=f"passes over the training images (default: fast {EPOCHS}; adam, dino and finetune 100)",
     )  # fmt: skip
     add(
         "--lr", type=utils.positive(float), default=None,
-        help="learning rate (default: adam 1e-2; dino 1e-3 per 256 images of a step, falling to 0 by a cosine)",
+        help="learning rate (default: adam 1e-2; per 256 images of a step, falling to 0 by a cosine, dino 1e-3 and "
+        "finetune 5e-4)",
     )  # fmt: skip
     add(
         "--labels_per_class", type=utils.positive(int), default=None,
@@ -133,12 +144,12 @@ def get_args_parser():
     )  # fmt: skip
     add(
         "--val_freq", type=utils.positive(int), default=None,
-        help="dino: epochs from one test to the next (default: 1)",
+        help="dino, finetune: epochs from one test to the next (default: 1)",
     )  # fmt: skip
     add(
         "--max_bad_images", type=utils.Number(float, least=0, most=1), default=None,
-        help="dino: ends when more than this fraction of the training images cannot be read (default: 0.01); until "
-        "then others take their places",
+        help="dino, finetune: ends when more than this fraction of the training images cannot be read (default: 0.01); "
+        "until then others take their places",
     )  # fmt: skip
     add(
         "--num_labels", type=utils.positive(int), default=None,
@@ -149,6 +160,7 @@ def get_args_parser():
         "--linear_weights", default=None, metavar="FILE",
         help=f"dino: only test this head, one that DINO released or a {KEPT}",
     )  # fmt: skip
+    add_finetune_arguments(parser)
     return parser
 
 
@@ -161,15 +173,16 @@ def main(argv=None):
     args = resolve_protocol(get_args_parser().parse_args(argv))
     device = utils.init_distributed(args.device)
     models = evaluation.open_models(args, device)
-    for evaluated in models:
+    for evaluated in models if args.protocol != "finetune" else ():
         choose_features(evaluated)
     if args.evaluate:
         val_images = evaluation.open_images(models, "val", "a linear classifier")
         found = [score_head(evaluated, val_images, models) for evaluated in models]
     else:
         train_images, val_images = evaluation.open_train_and_val(models, "a linear classifier")
-        if args.protocol == "dino":
-            found = [train_with_crops(evaluated, train_images, val_images, models) for evaluated in models]
+        if args.protocol in ("dino", "finetune"):
+            learn = train_with_crops if args.protocol == "dino" else finetune
+            found = [learn(evaluated, train_images, val_images, models) for evaluated in models]
         elif args.protocol == "few":
             drawn = (train_images.classes, args.labels_per_class, args.draws, args.seed)
             draws = draw_labelled(train_images.labels, *drawn)  # first: it may end here
@@ -191,6 +204,8 @@ def resolve_protocol(args):
         elif name not in own and getattr(args, name) is not None and getattr(args, name) is not False:
             others = " or ".join(protocol for protocol, flags in PROTOCOLS.items() if name in flags)
             raise UserError(f"--{name} means nothing to --protocol {args.protocol}: it belongs to --protocol {others}")
+    if args.protocol == "finetune":
+        check_finetune_arguments(args)
     args.evaluate = args.evaluate or args.linear_weights is not None
     if args.evaluate and args.linear_weights is None and args.output_dir is None:
         raise UserError(
@@ -261,7 +276,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
     Returns a row of the table, and the ranked classes of the validation images.
     """
     args, labels = evaluated.args, torch.as_tensor(train_images.labels)
-    run = HeadRun(evaluated, head_folder(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
+    run = HeadRun(evaluated, folder_of(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
     run.resume()
     loader = data.TrainLoader(
         train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
@@ -271,11 +286,11 @@ def train_with_crops(evaluated, train_images, val_images, models):
     while run.epoch < args.epochs:
         line = {"epoch": run.epoch, "train_lr": run.lr(), "train_loss": train_one_epoch(run, loader, labels)}
         if run.epoch % args.val_freq == 0 or run.epoch == args.epochs - 1:
-            ranked, loss = score_images(evaluated, run.head, val_images)
+            ranked, loss = run.score(val_images)
             line |= log_scores(ranked, loss, val_images)
         run.finish_epoch(line)
     if ranked is None:  # nothing was left to train
-        ranked, _ = score_images(evaluated, run.head, val_images)
+        ranked, _ = run.score(val_images)
     evaluated.model.cpu()  # room for the next one
     row = {
         "num_features": evaluated.model.embed_dim,
@@ -312,43 +327,18 @@ def forward_frozen(evaluated, images):
         return evaluated.model(images).float()
 
 
-@torch.no_grad()
-def score_images(evaluated, head, images):
-    """Every image once, over all processes. Returns ranked classes (N, min(5, C)) int64 and the mean loss in nats."""
-    args, labels = evaluated.args, torch.as_tensor(images.labels)
-    batches = data.eval_batches(
-        images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
-        rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
-        device=evaluated.device,
-    )  # fmt: skip
-    ranked = torch.zeros(len(images), min(RANKED, head.out_features), dtype=torch.int64)
-    total = torch.zeros((), dtype=torch.float64)
-    for indices, x in batches:
-        logits = head(forward_frozen(evaluated, x)).cpu()
-        ranked[indices] = rank_classes(logits)
-        total += F.cross_entropy(logits, labels[indices], reduction="sum")
-    dist.all_reduce(ranked)  # each image is one process's, and zero on the others
-    dist.all_reduce(total)
-    return ranked, float(total) / len(images)
+class HeadRun(ClassifierRun):
+    """A linear head in training: .head, .optimizer, .scheduler, beside what a ClassifierRun has."""
 
-
-def log_scores(ranked, loss, images):
-    found = scores(ranked, images.labels, len(images.classes))
-    return {"test_loss": loss, "test_acc1": found["top1"], "test_acc5": found["top5"]}
-
-
-class HeadRun:
-    """A linear head in training: .head, .optimizer, .scheduler, .epoch (those done), .log (a dict for each of them),
-    and .folder, where they are kept, or None."""
+    KEPT, LOG = KEPT, LOG
 
     def __init__(self, evaluated, folder, num_labels, images):
-        args = self.args = evaluated.args
-        self.evaluated, self.folder = evaluated, folder
+        super().__init__(evaluated, folder)
+        args = self.args
         self.head = new_head(evaluated.model.embed_dim, num_labels, args.seed).to(evaluated.device)
         images_per_step = args.batch_size * utils.world_size()
         self.optimizer = torch.optim.SGD(self.head.parameters(), args.lr * images_per_step / 256, momentum=0.9)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
-        self.epoch, self.log = 0, []
         names = ("epochs", "lr", "seed", "n_last_blocks", "avgpool_patchtokens", "precision", "img_size", "in_chans")
         self.settings = {name: getattr(args, name) for name in names}
         self.settings |= {"images per step": images_per_step, "num_labels": num_labels, "images": images}
@@ -357,22 +347,12 @@ class HeadRun:
     def lr(self):
         return self.optimizer.param_groups[0]["lr"]
 
-    def best(self):
-        """Highest top-1 of any epoch, in percent: a choice by the test images."""
-        return max((float(line["test_acc1"]) for line in self.log if "test_acc1" in line), default=None)
+    def score(self, images):
+        return score_images(self.evaluated, head_on(self.evaluated, self.head), self.head.out_features, images)
 
     def finish_epoch(self, line):
         self.scheduler.step()
-        self.epoch += 1
-        self.log.append(line)
-        if utils.rank() != 0:
-            return
-        tested = f"  test top-1 {line['test_acc1']:6.2f} %" if "test_acc1" in line else ""
-        print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {line['train_loss']:.4f}{tested}", flush=True)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_checkpoint(self.state_dict(), self.folder / KEPT)
-            (self.folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in self.log))
+        super().finish_epoch(line)
 
     def state_dict(self):
         """What DINO's script keeps, under its names, and what it does not look at: log and settings."""
@@ -386,34 +366,10 @@ class HeadRun:
             "settings": self.settings,
         }
 
-    def resume(self):
-        """Go on where the folder's run was, if there is one. A file of DINO's has no settings that could differ."""
-        if self.folder is None or not (self.folder / KEPT).exists():
-            return
-        path = self.folder / KEPT
-        kept = checkpoint.load_checkpoint(path)
-        try:
-            self.check_same_run(kept, path)
-            load_head(self.head, kept, path, self.evaluated)
-            self.load_state(kept)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: cannot be gone on from: {type(error).__name__} {error}") from None
-        if utils.rank() == 0:
-            print(f"{path}: {self.epoch} of {self.args.epochs} epochs are done", flush=True)
-
-    def check_same_run(self, kept, path):
-        for name, value in kept.get("settings", {}).items():
-            if self.settings.get(name) != value:
-                raise UserError(
-                    f"{path}: trained with {name} {reprlib.repr(value)}, this run has {self.settings.get(name)}: take "
-                    "the same settings, or another --output_dir"
-                )
-
-    def load_state(self, kept):
+    def load_state(self, kept, path):
         """Of the optimizer only the momentum: its settings follow from the flags and the epoch, and a file that says
-        otherwise is damaged. Raises what Python raises where `kept` is not what `state_dict` returns."""
-        if type(kept["epoch"]) is not int or not 0 <= kept["epoch"] <= self.args.epochs:
-            raise ValueError(f"its epoch is {reprlib.repr(kept['epoch'])} of {self.args.epochs}")
+        otherwise is damaged. A file of DINO's has no settings that could differ."""
+        load_head(self.head, kept, path, self.evaluated)
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": kept["optimizer"]["state"], "param_groups": settings})
         for parameter in self.head.parameters():
@@ -423,8 +379,10 @@ class HeadRun:
             warnings.simplefilter("ignore")  # that the optimizer made no steps
             for _ in range(kept["epoch"]):
                 self.scheduler.step()
-        self.epoch, self.log = kept["epoch"], [dict(line) for line in kept.get("log", [])]
-        json.dumps([self.log, self.best()])  # as they will be written
+
+
+def head_on(evaluated, head):
+    return lambda images: head(forward_frozen(evaluated, images))
 
 
 def new_head(num_features, num_labels, seed):
@@ -433,13 +391,6 @@ def new_head(num_features, num_labels, seed):
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     return head
-
-
-def head_folder(evaluated, models):
-    """--output_dir, or with several models a folder in it for each; None without."""
-    output_dir = evaluated.args.output_dir
-    own = evaluated.stem if len(models) > 1 else ""
-    return None if output_dir is None else Path(output_dir) / own
 
 
 def count_labels(args, images):
@@ -455,10 +406,11 @@ def count_labels(args, images):
 def score_head(evaluated, val_images, models):
     """Test a head without training. Returns a row of the table, and the ranked classes of the validation images."""
     args, model = evaluated.args, evaluated.on_device()
-    path = args.linear_weights or head_folder(evaluated, models) / KEPT
+    path = args.linear_weights or folder_of(evaluated, models) / KEPT
     head = new_head(model.embed_dim, count_labels(args, val_images), args.seed)
     load_head(head, checkpoint.load_checkpoint(path), path, evaluated)
-    ranked, _ = score_images(evaluated, head.to(evaluated.device), val_images)
+    classify = head_on(evaluated, head.to(evaluated.device))
+    ranked, _ = score_images(evaluated, classify, head.out_features, val_images)
     evaluated.model.cpu()
     return {"num_features": model.embed_dim, "linear_weights": str(path)}, ranked
 
@@ -503,7 +455,8 @@ def show(found, models, val_images, args):
     what is shown is the mean over them."""
     classes, rows = val_images.classes, []
     labels = np.tile(val_images.labels, len(found[0][1]) // len(val_images))
-    name, stem = ("few", "confusion_few") if args.protocol == "few" else ("linear", "confusion")
+    has_own_files = args.protocol in ("few", "finetune")
+    name, stem = (args.protocol, f"confusion_{args.protocol}") if has_own_files else ("linear", "confusion")
     for evaluated, (row, ranked) in zip(models, found, strict=True):
         scored = scores(ranked, labels, len(classes))
         scored["per_class"] = dict(zip(classes, scored["per_class"], strict=True))

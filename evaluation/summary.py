@@ -2,7 +2,7 @@
 
     python -m evaluation.summary runs/demo
 
-Columns: k-NN, few labels, linear, clusters, segmentation, RankMe, as far as they were evaluated there.
+Columns: k-NN, few labels, linear, fine-tuned, clusters, segmentation, RankMe, as far as they were evaluated there.
 """
 
 import json
@@ -51,6 +51,8 @@ def scores_of(name, row):
         return [(f"{row['labels_per_class']} labels per class %", f"{row['top1']:.1f} ± {row['top1_std']:.1f}", "")]
     if name == "results_linear":
         return [("linear %", row["top1"], ".2f")]
+    if name == "results_finetune":
+        return [("fine-tuned %", row["top1"], ".2f")]
     if name == "results_cluster" and row.get("ami") is not None:
         return [(f"{row['method']}, AMI", row["ami"], ".3f")]
     if name == "results_dense":
@@ -58,7 +60,8 @@ def scores_of(name, row):
     return [("RankMe", row["rankme"], ".1f")] if name == "results_collapse" else []
 
 
-ORDER = {name: i for i, name in enumerate(("results_knn", "results_few", "results_linear", "results_cluster"))}
+NAMES = ("knn", "few", "linear", "finetune", "cluster")
+ORDER = {f"results_{name}": i for i, name in enumerate(NAMES)}
 
 
 if __name__ == "__main__":

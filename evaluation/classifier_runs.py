@@ -1,0 +1,109 @@
+"""A classifier that learns from images, epoch by epoch: what is kept after each, how it goes on, how it is tested.
+
+    run = SomeRun(evaluated, folder, ...)       # a ClassifierRun: .settings are what must be the same to go on
+    run.resume()                                # where the folder's run was, if there is one
+    run.finish_epoch(line)                      # printed, logged and kept
+    ranked, loss = score_images(evaluated, classify, num_labels, images)
+
+Shapes: N images, b of a batch.
+"""
+
+import json
+import reprlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import checkpoint
+import data
+import utils
+from evaluation import RANKED
+from evaluation.linear_probe import rank_classes, scores
+from utils import UserError
+
+
+class ClassifierRun:
+    """.epoch (those done), .log (a dict for each of them), .settings, and .folder, where they are kept, or None.
+
+    A subclass names the files, KEPT and LOG, and has state_dict() and load_state(kept)."""
+
+    def __init__(self, evaluated, folder):
+        self.args, self.evaluated, self.folder = evaluated.args, evaluated, folder
+        self.epoch, self.log, self.settings = 0, [], {}
+
+    def best(self):
+        """Highest top-1 of any epoch, in percent: a choice by the test images."""
+        return max((float(line["test_acc1"]) for line in self.log if "test_acc1" in line), default=None)
+
+    def finish_epoch(self, line):
+        self.epoch += 1
+        self.log.append(line)
+        if utils.rank() != 0:
+            return
+        tested = f"  test top-1 {line['test_acc1']:6.2f} %" if "test_acc1" in line else ""
+        print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {line['train_loss']:.4f}{tested}", flush=True)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_checkpoint(self.state_dict(), self.folder / self.KEPT)
+            (self.folder / self.LOG).write_text("".join(json.dumps(line) + "\n" for line in self.log))
+
+    def resume(self):
+        """Go on where the folder's run was, if there is one. Raises UserError where it is of other settings."""
+        if self.folder is None or not (self.folder / self.KEPT).exists():
+            return
+        path = self.folder / self.KEPT
+        kept = checkpoint.load_checkpoint(path)
+        try:
+            self.check_same_run(kept, path)
+            if type(kept["epoch"]) is not int or not 0 <= kept["epoch"] <= self.args.epochs:
+                raise ValueError(f"its epoch is {reprlib.repr(kept['epoch'])} of {self.args.epochs}")
+            self.load_state(kept, path)
+            self.epoch, self.log = kept["epoch"], [dict(line) for line in kept.get("log", [])]
+            json.dumps([self.log, self.best()])  # as they will be written
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: cannot be gone on from: {type(error).__name__} {error}") from None
+        if utils.rank() == 0:
+            print(f"{path}: {self.epoch} of {self.args.epochs} epochs are done", flush=True)
+
+    def check_same_run(self, kept, path):
+        for name, value in kept.get("settings", {}).items():
+            if self.settings.get(name) != value:
+                raise UserError(
+                    f"{path}: trained with {name} {reprlib.repr(value)}, this run has {self.settings.get(name)}: take "
+                    "the same settings, or another --output_dir"
+                )
+
+
+def folder_of(evaluated, models):
+    """--output_dir, or with several models a folder in it for each; None without."""
+    output_dir = evaluated.args.output_dir
+    own = evaluated.stem if len(models) > 1 else ""
+    return None if output_dir is None else Path(output_dir) / own
+
+
+@torch.no_grad()
+def score_images(evaluated, classify, num_labels, images):
+    """Every image once, over all processes. classify: images (b, C, h, w) on the device -> logits (b, num_labels).
+    Returns ranked classes (N, min(5, C)) int64 and the mean loss in nats."""
+    args, labels = evaluated.args, torch.as_tensor(images.labels)
+    batches = data.eval_batches(
+        images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
+        rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
+        device=evaluated.device,
+    )  # fmt: skip
+    ranked = torch.zeros(len(images), min(RANKED, num_labels), dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.float64)
+    for indices, x in batches:
+        logits = classify(x).float().cpu()
+        ranked[indices] = rank_classes(logits)
+        total += F.cross_entropy(logits, labels[indices], reduction="sum")
+    dist.all_reduce(ranked)  # each image is one process's, and zero on the others
+    dist.all_reduce(total)
+    return ranked, float(total) / len(images)
+
+
+def log_scores(ranked, loss, images):
+    found = scores(ranked, images.labels, len(images.classes))
+    return {"test_loss": loss, "test_acc1": found["top1"], "test_acc5": found["top5"]}

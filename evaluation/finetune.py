@@ -1,0 +1,228 @@
+"""Fine-tuning: a backbone and a linear classifier of its features learn labels together, by the recipe usual for ViTs.
+
+    row, ranked = finetune(evaluated, train_images, val_images, models)
+
+The recipe is that of Table 9 of MAE (arXiv 2111.06377) without RandAugment: AdamW (0.9, 0.999), weight decay 0.05 (not
+of biases, norms, positions), a rate for each block, linear warm-up and cosine by the step, label smoothing, stochastic
+depth, and one of mixup and cutmix for each batch (timm's Mixup: 0.8 and 1.0). Crops are those of `--protocol dino`.
+
+Everything drawn is a function of (seed, step, process): a run that was stopped goes on bit for bit on a CPU.
+
+Shapes: B images per process, C classes.
+"""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.layers import DropPath
+from torch import nn
+
+import data
+import evaluation
+import utils
+from accumulation import lr_scales, wrap
+from augmentation import make_crop_recipe
+from batch_norm import convert_sync_batchnorm
+from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
+from utils import PRECISIONS, RunFailed, UserError
+
+DEFAULTS = {
+    "epochs": 100, "lr": 5e-4, "weight_decay": 0.05, "layer_decay": 0.75, "warmup_epochs": 5.0,
+    "label_smoothing": 0.1, "drop_path_rate": None, "mixup": 0.8, "cutmix": 1.0, "val_freq": 1, "max_bad_images": 0.01,
+}  # fmt: skip
+MIN_LR = 1e-6
+VIT_DROP_PATH_RATE = 0.1  # where blocks can be dropped
+
+
+def add_finetune_arguments(parser):
+    """Flags of this protocol alone; None: the default."""
+    add = parser.add_argument
+    rate, share = utils.not_negative(float), utils.Number(float, least=0, below=1)
+    add("--weight_decay", type=rate, default=None, help="finetune: of weights (default: 0.05)")
+    add(
+        "--layer_decay", type=utils.Number(float, above=0, most=1), default=None,
+        help="finetune: rate of a block, as a share of that of the block above it; higher for small models (default: "
+        "0.75)",
+    )  # fmt: skip
+    add("--warmup_epochs", type=rate, default=None, help="finetune: of the learning rate, linear (default: 5)")
+    add("--label_smoothing", type=share, default=None, help="finetune: share of a label for all classes (default: 0.1)")
+    add(
+        "--drop_path_rate", type=share, default=None,
+        help=f"finetune: stochastic depth of the last block (default: {VIT_DROP_PATH_RATE} for ViTs, else 0)",
+    )  # fmt: skip
+    add("--mixup", type=rate, default=None, help="finetune: alpha of mixup; 0: none (default: 0.8)")
+    add("--cutmix", type=rate, default=None, help="finetune: alpha of cutmix; 0: none (default: 1)")
+
+
+def check_finetune_arguments(args):
+    """Raises UserError for what does not go together, before a picture is read."""
+    if (args.n_last_blocks, args.avgpool_patchtokens) != (None, False):
+        raise UserError(
+            "--n_last_blocks and --avgpool_patchtokens mean nothing to --protocol finetune: it takes the backbone's "
+            "feature"
+        )
+    if args.precision == "fp16":
+        raise UserError("--precision fp16: --protocol finetune does not scale its loss; use bf16 or fp32")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise UserError(
+            f"--batch_size_per_gpu {args.batch_size}: mixup and cutmix take images in pairs; expected an even number, "
+            "or --mixup 0 --cutmix 0"
+        )
+
+
+def finetune(evaluated, train_images, val_images, models):
+    """Returns a row of the table, and the ranked classes of the validation images, of the last epoch.
+
+    All processes take part; gradients, and batch norms, are of the joint batch. With --output_dir all is kept after
+    every epoch (FinetuneRun.KEPT, which load_pretrained opens) and the same command goes on there."""
+    args, labels = evaluated.args, torch.as_tensor(train_images.labels)
+    loader = data.TrainLoader(
+        train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
+    )
+    run = FinetuneRun(
+        evaluated, folder_of(evaluated, models), len(val_images.classes), train_images.fingerprint, loader
+    )
+    run.resume()
+    ranked = None
+    while run.epoch < args.epochs:
+        line = {"epoch": run.epoch, "train_loss": train_one_epoch(run, loader, labels), "train_lr": run.lr()}
+        if (run.epoch + 1) % args.val_freq == 0 or run.epoch == args.epochs - 1:
+            ranked, loss = run.score(val_images)
+            line |= log_scores(ranked, loss, val_images)
+        run.finish_epoch(line)
+    if ranked is None:  # nothing was left to train
+        ranked, _ = run.score(val_images)
+    names = ("epochs", "lr", "layer_decay")
+    row = {name: getattr(args, name) for name in names} | {"best_test_top1": run.best()}
+    return row | {"num_features": run.model.head.in_features}, ranked
+
+
+def train_one_epoch(run, loader, labels):
+    """Returns the mean loss of the epoch's images, over all processes, in nats. RunFailed if it is not finite."""
+    args, device, total = run.args, run.evaluated.device, 0.0
+    run.model.train()
+    step = run.epoch * loader.steps_per_epoch
+    for batch in loader.epoch(run.epoch, end=args.epochs * loader.steps_per_epoch):
+        run.set_schedule(step)
+        utils.seed_everything(args.seed, step, utils.rank())  # of mixup and of dropped paths
+        (images,) = loader.augment(batch, device)  # (B, channels, h, w)
+        loss = run.loss(images, labels[torch.from_numpy(batch.indices)].to(device))
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        total, step = total + loss.detach(), step + 1
+    num_bad = torch.tensor(loader.num_bad_images)
+    dist.all_reduce(num_bad)
+    loader.check_bad_images(int(num_bad))
+    mean = float(utils.all_reduce_mean(total / loader.steps_per_epoch))
+    if not math.isfinite(mean):
+        raise RunFailed(f"epoch {run.epoch}: the loss is {mean}; lower --lr, or try --precision fp32")
+    return mean
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear layer on its features; in training batch norms are of all processes' images."""
+
+    def __init__(self, backbone, num_labels, precision):
+        super().__init__()
+        self.backbone, self.dtype = backbone.requires_grad_(True), PRECISIONS[precision]
+        self.head = nn.Linear(backbone.embed_dim, num_labels)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: the first gradients are the labels'
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            features = self.backbone(images)
+        return self.head(features.float())  # (B, C)
+
+
+class FinetuneRun(ClassifierRun):
+    """.model: Classifier.  .wrapped: the same, whose gradients are averaged over processes.  .optimizer"""
+
+    KEPT, LOG = "finetuned.pth", "log_finetune.txt"
+
+    def __init__(self, evaluated, folder, num_labels, images, loader):
+        super().__init__(evaluated, folder)
+        args, device = self.args, evaluated.device
+        self.steps_per_epoch, self.total_steps = loader.steps_per_epoch, args.epochs * loader.steps_per_epoch
+        self.images_per_step = args.batch_size * utils.world_size()
+        asked, tenth = round(args.warmup_epochs * self.steps_per_epoch), self.total_steps // 10
+        self.warmup_steps = min(asked, tenth)
+        if asked > tenth:
+            evaluation.note_once(f"--warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
+        names = ("seed", "precision", "img_size", "in_chans", *DEFAULTS)
+        free = ("val_freq", "max_bad_images")
+        self.settings = {name: getattr(args, name) for name in names if name not in free}
+        self.settings |= {"images per step": self.images_per_step, "num_labels": num_labels, "images": images}
+        self.settings["backbone"] = evaluation.fingerprint(evaluated.model)
+        torch.manual_seed(args.seed)  # the same head on all processes
+        backbone = set_drop_path(copy.deepcopy(evaluated.model.backbone), args.drop_path_rate)
+        self.model = convert_sync_batchnorm(Classifier(backbone, num_labels, args.precision)).to(device)
+        scales = lr_scales(backbone, args.layer_decay) if args.layer_decay < 1 else None
+        self.optimizer = torch.optim.AdamW(utils.parameter_groups(self.model, scales), lr=0.0)
+        self.wrapped = wrap(self.model, device)
+        mixes = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.label_smoothing}
+        self.mix = Mixup(**mixes, num_classes=num_labels) if args.mixup or args.cutmix else None
+
+    def loss(self, images, labels):
+        """Cross-entropy in nats."""
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)  # the labels' shares, smoothed: (B, C)
+            return F.cross_entropy(self.wrapped(images), labels)
+        return F.cross_entropy(self.wrapped(images), labels, label_smoothing=self.args.label_smoothing)
+
+    def set_schedule(self, step):
+        args = self.args
+        peak = args.lr * self.images_per_step / 256
+        lr = utils.cosine_schedule(step, self.total_steps, peak, MIN_LR, self.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            if group["decayed"]:
+                group["weight_decay"] = args.weight_decay
+
+    def lr(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    @torch.no_grad()
+    def score(self, images):
+        return score_images(self.evaluated, self.model.eval(), self.model.head.out_features, images)
+
+    def state_dict(self):
+        """What load_pretrained needs to open the backbone, and what the run needs to go on."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "args": {name: value for name, value in self.evaluated.model.settings.items() if name in OF_A_BACKBONE},
+            "optimizer": self.optimizer.state_dict(),
+            "log": self.log,
+            "settings": self.settings,
+        }
+
+    def load_state(self, kept, path):
+        """Of the optimizer the moments alone: its settings follow from flags and step. Raises what Python raises."""
+        self.model.load_state_dict(kept["model"])
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": kept["optimizer"]["state"], "param_groups": settings})
+        for parameter, moments in self.optimizer.state.items():
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError(f"its moments are not of the shape {tuple(parameter.shape)}")
+
+
+OF_A_BACKBONE = ("arch", "patch_size", "img_size", "in_chans", "num_heads", "mean", "std", "dataset")
+
+
+def set_drop_path(backbone, rate):
+    """Stochastic depth, in place, rising linearly from 0 at the first block to `rate` at the last; None: the default.
+    Raises UserError for a backbone without blocks of that kind."""
+    blocks = [part for part in backbone.modules() if hasattr(part, "drop_path1") and hasattr(part, "drop_path2")]
+    if rate and not blocks:
+        raise UserError(f"--drop_path_rate {rate:g}: this backbone has no blocks as ViTs have; leave it at 0")
+    rate = VIT_DROP_PATH_RATE if rate is None else rate
+    for number, block in enumerate(blocks):
+        own = rate * number / max(1, len(blocks) - 1)
+        block.drop_path1, block.drop_path2 = (DropPath(own) if own else nn.Identity() for _ in range(2))
+    return backbone
