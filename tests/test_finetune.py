@@ -1,0 +1,158 @@
+"""Fine-tuning as a command: the recipe written out, interrupted runs, several processes, and what it leaves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+
+import augmentation
+import checkpoint
+import data
+import eval_linear
+from backbones import build_backbone
+from evaluation import finetune, summary
+from images import open_dataset
+from pictures import make_args
+from pretrained import load_pretrained
+from test_eval_linear import NUM_CLASSES, assert_one_line, flags, flattened, folder, main_in_group, results  # noqa: F401
+
+PLAIN = ["--mixup", 0, "--cutmix", 0, "--label_smoothing", 0.2, "--drop_path_rate", 0]
+
+
+@pytest.fixture(scope="module")
+def small(folder):  # noqa: F811
+    """A ViT of 4 blocks beside the images."""
+    torch.manual_seed(0)
+    state = build_backbone("vit_mini", 16, 8).state_dict()
+    args = {"arch": "vit_mini", "patch_size": 8, "img_size": 16, "in_chans": 3, "dataset": "imagefolder"}
+    torch.save({"model": state, "args": args | {"mean": [0.5] * 3, "std": [0.25] * 3}}, folder / "mini.pth")
+    return folder
+
+
+def words(small, output_dir, *more, epochs=2, batch=20):
+    own = ["--protocol", "finetune", "--batch_size_per_gpu", batch, "--epochs", epochs, "--output_dir", output_dir]
+    return flags(small, *own, *more, model="mini.pth")
+
+
+def test_training_is_adamw_with_layer_decay_written_out(small, tmp_path):
+    settings = ["--lr", 0.02, "--layer_decay", 0.5, "--warmup_epochs", 0, "--weight_decay", 0.1]
+    eval_linear.main(words(small, tmp_path, *PLAIN, *settings))
+    args = make_args("--dataset", "imagefolder", "--data_path", small, "--img_size", 16, "--mean", *[0.5] * 3,
+                     "--std", *[0.25] * 3, "--num_workers", 0)  # fmt: skip
+    images, backbone = open_dataset(args), load_pretrained(small / "mini.pth").backbone.requires_grad_(True).train()
+    loader = data.TrainLoader(images, args, 20, recipe=augmentation.make_crop_recipe(args))
+    torch.manual_seed(0)
+    head = finetune.Classifier(backbone, NUM_CLASSES, "fp32").head
+    moments = {}
+    for step, batch in enumerate(b for epoch in range(2) for b in loader.epoch(epoch)):
+        (x,) = loader.augment(batch, "cpu")
+        target = F.one_hot(torch.from_numpy(images.labels[batch.indices]), NUM_CLASSES) * 0.8 + 0.2 / NUM_CLASSES
+        loss = -(target * head(backbone(x)).log_softmax(1)).sum(1).mean()
+        named = {**dict(backbone.named_parameters()), "head.weight": head.weight, "head.bias": head.bias}
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        rate = 1e-6 + (0.02 * 20 / 256 - 1e-6) * (1 + np.cos(np.pi * step / 6)) / 2
+        for (name, p), g in zip(named.items(), gradients, strict=True):
+            at = 5 if name.startswith(("head", "norm")) else int(name.split(".")[1]) + 1 if "blocks" in name else 0
+            m, v = moments.get(name, (0, 0))
+            m, v = moments[name] = (0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2)
+            decay = 0.1 if p.ndim > 1 and name not in ("cls_token", "pos_embed") else 0
+            own = rate * 0.5 ** (5 - at)
+            update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            with torch.no_grad():
+                p.copy_(p * (1 - own * decay) - own * update)
+    kept = checkpoint.load_checkpoint(tmp_path / "finetuned.pth")["model"]
+    expected = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    expected |= {f"head.{k}": v for k, v in head.state_dict().items()}
+    assert kept.keys() == expected.keys()
+    for name, value in kept.items():
+        # of a parameter without gradient (keys' bias) Adam takes the sign of rounding errors
+        rows = slice(None) if not name.endswith("qkv.bias") else slice(256, None)
+        torch.testing.assert_close(value[rows], expected[name].detach()[rows], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(small, tmp_path, monkeypatch):
+    """With mixup, cutmix and dropped paths, which are drawn."""
+    given = ["--lr", 0.01]
+    eval_linear.main(words(small, tmp_path / "whole", *given, epochs=3))
+    step, calls = finetune.train_one_epoch, []
+
+    def killed(run, loader, labels):
+        calls.append(run.epoch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(run, loader, labels)
+
+    monkeypatch.setattr(finetune, "train_one_epoch", killed)
+    with pytest.raises(SystemExit, match="130"):
+        eval_linear.main(words(small, tmp_path / "parts", *given, epochs=3))
+    eval_linear.main(words(small, tmp_path / "parts", *given, epochs=3))
+    assert calls == [0, 1, 1, 2]
+    whole, parts = (checkpoint.load_checkpoint(tmp_path / name / "finetuned.pth") for name in ("whole", "parts"))
+    assert repr(flattened(whole)) == repr(flattened(parts))
+    logs = [(tmp_path / name / "log_finetune.txt").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    assert results(tmp_path / "whole", "finetune") == results(tmp_path / "parts", "finetune")
+    (row,) = results(tmp_path / "whole", "finetune")
+    assert row["top1"] == json.loads(logs[0].splitlines()[-1])["test_acc1"] and row["layer_decay"] == 0.75
+    assert "fine-tuned %" in summary.summary(tmp_path / "whole")
+    features = load_pretrained(tmp_path / "whole" / "finetuned.pth").backbone.state_dict()
+    assert all(torch.equal(value, whole["model"][f"backbone.{name}"]) for name, value in features.items())
+    described = json.loads((tmp_path / "whole" / "results_finetune.json").read_text())["models"]
+    assert [model["weights"] for model in described.values()] == [whole["settings"]["backbone"]]  # not the fine-tuned
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_their_joined_batch(small, tmp_path, run_in_processes):
+    eval_linear.main(words(small, tmp_path / "one", *PLAIN))
+    run_in_processes(main_in_group, words(small, tmp_path / "two", *PLAIN, batch=10))
+    one, two = (checkpoint.load_checkpoint(tmp_path / name / "finetuned.pth") for name in ("one", "two"))
+    for first, second in zip(one["log"], two["log"], strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_paths_are_dropped_from_the_first_block_to_the_last():
+    backbone = finetune.set_drop_path(build_backbone("vit_mini", 16, 8), 0.3)
+    rates = [getattr(block.drop_path1, "drop_prob", 0) for block in backbone.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert isinstance(backbone.blocks[3].drop_path2, DropPath)
+    assert not any(isinstance(part, DropPath) for part in finetune.set_drop_path(backbone, 0.0).modules())
+    resnet = build_backbone("resnet8", width=8)
+    assert finetune.set_drop_path(resnet, None) is resnet
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--lrs", 1], "--lrs means nothing to --protocol finetune: it belongs to --protocol fast"),
+        (["--n_last_blocks", 4], "--n_last_blocks and --avgpool_patchtokens mean nothing to --protocol finetune"),
+        (["--layer_decay", 0], "--layer_decay 0: expected a number above 0 and of at most 1"),
+        (["--label_smoothing", 1], "--label_smoothing 1: expected a number of at least 0 and below 1"),
+        (["--mixup", -1], "--mixup -1: expected a number of at least 0"),
+        (["--cutmix", "x"], "--cutmix x: expected a number of at least 0"),
+        (["--warmup_epochs", -1], "--warmup_epochs -1: expected a number of at least 0"),
+        (["--weight_decay", "nan"], "--weight_decay nan: expected a number of at least 0"),
+        (["--drop_path_rate", 1], "--drop_path_rate 1: expected a number of at least 0 and below 1"),
+        (["--batch_size", 15], "--batch_size_per_gpu 15: mixup and cutmix take images in pairs"),
+        (["--precision", "fp16"], "--precision fp16: --protocol finetune does not scale its loss"),
+        (["--evaluate"], "--evaluate means nothing to --protocol finetune: it belongs to --protocol dino"),
+        (
+            ["--protocol", "dino", "--mixup", 1],
+            "--mixup means nothing to --protocol dino: it belongs to --protocol fine",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(small, tmp_path, given, message, capsys):
+    assert_one_line(words(small, tmp_path, *given), message, capsys)
+
+
+def test_a_backbone_without_such_blocks_and_another_run_s_folder_are_refused(small, tmp_path, capsys):
+    given = ["--protocol", "finetune", "--batch_size_per_gpu", 20, "--epochs", 1, "--output_dir", tmp_path]
+    message = "--drop_path_rate 0.1: this backbone has no blocks as ViTs have; leave it at 0"
+    assert_one_line(flags(small, *given, "--drop_path_rate", 0.1), message, capsys)
+    eval_linear.main(flags(small, *given))
+    assert_one_line(flags(small, *given, "--lr", 1), "trained with lr 0.0005, this run has 1.0: take the same", capsys)
