@@ -98,6 +98,8 @@ def model_card(model, config, checkpoint, tables, form, name):
     images = config["pretrained_cfg"]
     channels, height, width = images["input_size"]
     parameters = sum(p.numel() for p in model.backbone.parameters())
+    low_high = model.settings.get("value_range")
+    scale = f", on which {low_high[0]:g} is 0 and {low_high[1]:g} is 1" if low_high else ""
     stated = "" if model.settings["mean"] else " (assumed, the checkpoint does not say)"
     sections = [
         f"---\nlibrary_name: {form.library}\npipeline_tag: image-feature-extraction\n"
@@ -106,7 +108,8 @@ def model_card(model, config, checkpoint, tables, form, name):
         f"{model.settings['arch']}, {trained}. {parameters / 1e6:.1f} M parameters, an image becomes "
         f"{model.embed_dim} features. No classifier, no projection head.",
         f"Images: {width} x {height} pixels, {channels} channel{'s' * (channels > 1)}, "
-        f"mean {listed(images['mean'])} and standard deviation {listed(images['std'])} on the [0, 1] scale{stated}.",
+        f"mean {listed(images['mean'])} and standard deviation {listed(images['std'])} "
+        f"on the [0, 1] scale{scale}{stated}.",
         f"## Use\n\n{form.usage(name)}",
         f"## Pretraining\n\n{flags_table(checkpoint)}",
     ]

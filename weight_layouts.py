@@ -188,8 +188,8 @@ PLAUSIBLE = {
 
 
 def _config_beside(path):
-    """The config.json in the file's folder, timm's or transformers', under our names; empty without one. `dataset` is
-    export_backbone's. transformers keeps mean and std in a second file."""
+    """The config.json in the file's folder, timm's or transformers', under our names; empty without one. `dataset` and
+    how images are read are export_backbone's. transformers keeps mean and std in a second file."""
     config = _json_beside(path, "config.json")
     if not config:
         return {}
@@ -200,8 +200,8 @@ def _config_beside(path):
         heads = config.get("model_args", {}).get("num_heads", config.get("num_attention_heads"))
         return {"arch": config.get("architecture"), "in_chans": size[0], "img_size": size[-1], "num_heads": heads,
                 "mean": cfg.get("mean", pixels.get("image_mean")), "std": cfg.get("std", pixels.get("image_std")),
-                "norm_eps": config.get("layer_norm_eps"), "dataset": config.get("dataset"),
-                "source": "config.json"}  # fmt: skip
+                "norm_eps": config.get("layer_norm_eps"), "source": "config.json",
+                **{name: config.get(name) for name in ("dataset", "value_range", "pages", "float_pixels")}}  # fmt: skip
     except (AttributeError, LookupError, TypeError) as error:
         file = Path(path).with_name("config.json")
         raise UserError(f"{file}: not a config.json as timm writes it ({error})") from error

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from exports import input_channels
-from exports.timm_folder import usage_here
+from exports.timm_folder import how_read, usage_here
 from utils import UserError
 from weight_layouts import is_our_vit
 
@@ -27,6 +27,8 @@ class HuggingFace:
 
     def __init__(self, model, config):
         self.backbone, self.images = model.backbone, config["pretrained_cfg"]
+        self.beside = how_read(config)  # read by load_pretrained alone
+        self.beside |= {} if self.processor else {"pretrained_cfg": self.images}
         refuse_others(model.backbone, model.settings["arch"])
         self.kind = kind_of(model.backbone)
         self.sizes = [model.backbone.patch_embed.img_size]
@@ -34,7 +36,7 @@ class HuggingFace:
     def write(self, folder):
         state = {name: tensor.contiguous().clone() for name, tensor in tensors_of(self.backbone).items()}
         safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
-        write_json(folder / "config.json", config_of(self.backbone, self.kind))
+        write_json(folder / "config.json", config_of(self.backbone, self.kind) | self.beside)
         if self.processor:
             write_json(folder / "preprocessor_config.json", self.processor)
 

@@ -68,7 +68,7 @@ def write_config(folder, config):
 
 
 def timm_config(model):
-    """What config.json holds, in the layout of timm's exports to the hub; `dataset` is ours."""
+    """What config.json holds, in the layout of timm's exports to the hub; `dataset` and `how_read` are ours."""
     settings, architecture = model.settings, timm_name(model)
     known = timm.models.get_pretrained_cfg(architecture) if is_timm_s(model) else None
     in_chans, img_size = input_channels(model.backbone), settings["img_size"] or 224
@@ -93,7 +93,14 @@ def timm_config(model):
         },
         "model_args": model_args,
         "dataset": settings["dataset"],
+        **how_read(settings),
     }
+
+
+def how_read(settings):
+    """What the file says of how images become levels, under our names; other programs pass it over."""
+    names = ("value_range", "pages", "float_pixels")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def crop_pct(img_size, dataset):

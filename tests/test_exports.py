@@ -91,6 +91,20 @@ def test_transformers_s_images_are_those_of_the_evaluations(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255 / 0.3)  # a level
 
 
+@pytest.mark.parametrize("kind", ["timm", "hf"])
+def test_how_images_are_read_stays_with_the_weights(kind, tmp_path):
+    """Of signed values in 5 channels: the numbers are in the card, and in the settings of who opens the file here."""
+    path, _ = vit(tmp_path / "checkpoint.pth", in_chans=5)
+    content = torch.load(path)
+    content["args"] |= {"value_range": [-500, 500], "pages": "channels", "float_pixels": True}
+    torch.save(content, path)
+    export(path, tmp_path / "out", "--format", kind)
+    assert "-500 is 0 and 500 is 1" in (tmp_path / "out" / "README.md").read_text()
+    settings = load_pretrained(tmp_path / "out" / "model.safetensors").settings
+    assert (settings["value_range"], settings["pages"], settings["float_pixels"]) == ([-500, 500], "channels", True)
+    assert (settings["in_chans"], settings["mean"], settings["std"]) == (5, [0.4] * 5, [0.3] * 5)
+
+
 @pytest.mark.parametrize(
     ("arch", "sizes", "reason"),
     [
