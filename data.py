@@ -285,7 +285,8 @@ class TrainLoader:
         return make_views(self.recipe, batch.epoch, batch.keys, device, batch.images, batch.crops)
 
     def describe_views(self):
-        return self.recipe.describe(min(self.recipe.in_chans, self.images.channels))
+        kind = "256 levels" if self.images.data is not None else self.images.reading.levels(self.recipe.in_chans)
+        return f"{self.recipe.describe(min(self.recipe.in_chans, self.images.channels))} of {kind}"
 
     def note_bad_images(self, batch):
         """Names each bad file once, counts it, and ends the run if no replacement could be read either."""

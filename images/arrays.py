@@ -12,7 +12,6 @@ import dataclasses
 import io
 import logging
 import math
-import re
 import zipfile
 import zlib
 
@@ -21,7 +20,7 @@ import torch
 from PIL import Image, ImageSequence
 from torchvision.io import ImageReadMode, decode_png
 
-from images.decoding import BadImage, decode, has_deep_colour, known_formats, open_header, orientation, without_harm
+from images.decoding import BadImage, decode, has_deep_colour, open_header, orientation, without_harm
 
 MOST_VALUES = Image.MAX_IMAGE_PIXELS  # 89 million, of all channels together: 4 bytes each as float32
 MOST_PAGES = 10_000
@@ -333,14 +332,3 @@ def bands(image, channels):
         image = image.convert("L")
     values = np.array(image)
     return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
-
-
-def unread_kind(content):
-    """Words on a picture whose kind is known, and which Pillow does not read here; None for others."""
-    brand = re.match(rb"....ftyp(hei[cxms]|hev[cx]|mif1|avi[fs])", content[:16], re.DOTALL)
-    if brand is None:
-        return None
-    name, kind, remedy = ("HEIC", "HEIF", "pillow-heif")
-    if brand[1].startswith(b"avi"):
-        name, kind, remedy = ("AVIF", "AVIF", "a newer Pillow")
-    return None if kind in known_formats() else f"{name}, not read by this Pillow: convert it, or install {remedy}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 
@@ -73,7 +73,11 @@ def endings_of(formats):
 
 def open_header(data):
     """A PIL image whose pixels are not yet read. Raises BadImage for more pixels than PIL's limit."""
-    image = Image.open(io.BytesIO(data), formats=known_formats())
+    try:
+        image = Image.open(io.BytesIO(data), formats=known_formats())
+    except UnidentifiedImageError:
+        check_has_reader(data)
+        raise
     width, height = image.size
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise BadImage(f"declares {width} x {height} px, more than PIL's limit of {Image.MAX_IMAGE_PIXELS} px in all")
@@ -91,6 +95,15 @@ def without_harm(decoder, data):
         if bare is None:
             raise
     return decoder(bare)
+
+
+def check_has_reader(data):
+    """Raises BadImage, with the remedy, for a picture whose kind is known, and which Pillow does not read here."""
+    brand = re.match(rb"....ftyp(hei[cxms]|hev[cx]|mif1|avi[fs])", data[:16], re.DOTALL)
+    if brand and brand[1].startswith(b"avi") and "AVIF" not in known_formats():
+        raise BadImage("AVIF, not read by this Pillow: convert it, or install a newer Pillow")
+    if brand and "HEIF" not in known_formats():
+        raise BadImage("HEIC, not read by this Pillow: convert it, or pip install pillow-heif")
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -20,7 +20,7 @@ import torch
 from PIL import UnidentifiedImageError
 
 from augmentation import match_channels
-from images.arrays import MOST_PAGES, count_pages, is_picture, map_npy, read_raw, unread_kind
+from images.arrays import MOST_PAGES, check_size, count_pages, is_picture, map_npy, read_raw
 from images.decoding import (
     BadImage,
     check_regular,
@@ -44,6 +44,10 @@ class Reading(NamedTuple):
     pages: str | None = None
     floats: bool | None = None
     channels: int = 3
+
+    def levels(self, channels):
+        """In words, what an image of so many channels can hold."""
+        return "float32" if defaults(channels, self.pages, self.floats)[1] else "256 levels"
 
     def load(self, content, channels):
         """`load_image` in this way. content: path or bytes."""
@@ -89,6 +93,8 @@ def read_content(path):
     """The bytes of a file, or the array of an .npy, mapped into memory. Content itself stays."""
     if isinstance(path, bytes):
         return path
+    if not os.fspath(path).endswith(".npy"):
+        return read_file(path)
     check_regular(path)
     with open(path, "rb") as file:
         is_array = file.read(6) == b"\x93NUMPY"
@@ -97,7 +103,7 @@ def read_content(path):
 
 def image_of(content, channels, value_range, pages, floats, page):
     if not floats and pages == "first" and channels in (1, 3) and is_picture(content):
-        return pixels_by_pillow(content, channels, value_range)
+        return without_harm(lambda content: decode(content, channels, value_range), content)
     raw = read_raw(content, channels, pages, page)
     return to_levels(raw, channels, value_range, floats)
 
@@ -108,13 +114,6 @@ def defaults(channels, pages, floats):
     return pages or ("first" if plain else "channels"), not plain if floats is None else floats
 
 
-def pixels_by_pillow(content, channels, value_range):
-    unread = unread_kind(content)
-    if unread:
-        raise BadImage(unread)
-    return without_harm(lambda content: decode(content, channels, value_range), content)
-
-
 # Levels ---------------------------------------------------------------------------------------------------------------
 
 
@@ -123,14 +122,14 @@ def to_levels(raw, channels, value_range=None, floats=True):
     values = without_alpha(raw, channels)
     if len(values) != channels and not (channels in (1, 3) and len(values) in (1, 3)):
         raise BadImage(f"has {len(values)} channel{'s' * (len(values) != 1)}, --in_chans is {channels}")
+    check_size(channels, *values.shape[1:])
     black_white = raw.black_white if raw.fills_a_byte else value_range or raw.black_white
     if black_white is None:
         raise BadImage(f"{values.dtype} values, whose range is not known: give it by --value_range LOW HIGH")
     levels = torch.from_numpy(np.array(values) if raw.fills_a_byte else scaled(values, *black_white))
-    levels = levels.float() if floats else levels
     levels = 255 - levels if raw.inverted else levels
-    levels = match_channels(turn_upright(levels, raw.turn)[None], channels)[0].contiguous()
-    return levels if floats else levels.round().to(torch.uint8)
+    levels = levels.float() if floats else levels.round().to(torch.uint8)
+    return match_channels(turn_upright(levels, raw.turn)[None], channels)[0].contiguous()
 
 
 def without_alpha(raw, channels):
@@ -165,6 +164,16 @@ def open_range(path, reading):
             return (finite.min().item(), finite.max().item()) if raw.black_white is None and finite.size else None
     except BadImage:  # who reads the image names the reason
         return None
+
+
+def has_pages(path, reading):
+    """Whether more is in a file than the page that is read of it."""
+    try:
+        with naming_damage():
+            pages, _ = defaults(reading.channels, reading.pages, reading.floats)
+            return pages == "first" and count_pages(read_content(path), 2) > 1
+    except BadImage:
+        return False
 
 
 def pages_of(path, name):

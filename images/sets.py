@@ -14,7 +14,7 @@ import torch
 from augmentation import match_channels
 from images.decoding import used_range
 from images.folders import enumeration
-from images.reading import PLAIN, Reading, open_range, split_page
+from images.reading import PLAIN, Reading, has_pages, open_range, split_page
 from utils import UserError
 
 
@@ -48,17 +48,24 @@ class ImageSet:
         return f"{count(self)} {'; '.join(self.remarks)}"
 
     def notes(self, most=16):
-        """Says whether the images of more than 8 bits, among some, leave most of their range unused."""
+        """Says whether some images have pages that are not read, and whether those of more than 8 bits leave most of
+        their range unused."""
         chosen = evenly(len(self), most)
+        paged = sum(has_pages(self.content(index), self.reading) for index in chosen) if not self.reading.pages else 0
+        said = [
+            f"note: {paged} of {len(chosen)} images looked at have several pages, of which the first is read: --pages "
+            "channels or images reads them all"
+        ] * (paged > 0)
         ranges = [found for found in map(used_range, map(self.content, chosen)) if found]
         if self.reading.value_range or not ranges:
-            return []
+            return said
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         if high - low >= 65535 / 10:
-            return []
+            return said
         return [
+            *said,
             f"note: {len(ranges)} of {len(chosen)} images looked at have 16 bits, with values from {low} to {high} "
-            f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white"
+            f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white",
         ]
 
     def check_range_is_known(self, most=16):

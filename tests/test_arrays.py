@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from images import BadImage, arrays, load_image, open_dataset, reading
+from images import BadImage, arrays, decoding, load_image, open_dataset, reading
 from images.arrays import read_raw
 from pictures import folder_args, picture, write
 from test_decoding import sixteen_bit_colour
@@ -369,13 +369,14 @@ LIARS = {
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_a_file_that_lies_is_a_bad_image(tmp_path, name, as_bytes):
     content = LIARS[name]()
-    (tmp_path / "a").write_bytes(content)
+    name = "a.npy" if "npy" in name else "a"
+    (tmp_path / name).write_bytes(content)
     for channels in (1, 5):
         with pytest.raises(BadImage) as error:
             if as_bytes:
                 load(content, channels, (0, 1), "channels")
             else:
-                load_image(tmp_path / "a", channels, (0, 1), "channels")
+                load_image(tmp_path / name, channels, (0, 1), "channels")
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -388,3 +389,20 @@ def test_dicom_without_pydicom_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(BadImage, match="pip install pydicom"):
         load(content, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_kind_without_a_reader_is_named(monkeypatch, channels):
+    formats = tuple(set(decoding.known_formats()) - {"HEIF", "AVIF"})
+    monkeypatch.setattr(decoding, "known_formats", lambda: formats)
+    for brand, said in ((b"heic", "HEIC.*pillow-heif"), (b"avif", "AVIF.*newer Pillow")):
+        with pytest.raises(BadImage, match=said):
+            load(b"\0\0\0\x18ftyp" + brand + bytes(100), channels)
+
+
+def test_pages_that_are_not_read_are_said(tmp_path, capsys):
+    for number in range(2):
+        (tmp_path / f"{number}.tif").write_bytes(tiff(values("uint8"), photometric="minisblack"))
+    assert not open_dataset(folder_args(tmp_path, "--pages", "images")).notes()
+    (note,) = open_dataset(folder_args(tmp_path)).notes()
+    assert note.startswith("note: 2 of 2 images looked at have several pages, of which the first is read: --pages ")

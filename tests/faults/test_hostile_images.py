@@ -30,6 +30,7 @@ from images import BadImage, load_image, open_dataset
 from images.decoding import known_formats
 from monitor import drop_lines_after, read_log
 from pictures import folder_args, picture
+from test_arrays import LIARS, dicom, npy, npz, tiff, values
 from utils import UserError
 from vision_transformer import vit_tiny
 
@@ -210,6 +211,51 @@ def oddities():
         "im": b"Image type: RGB\r\nImage size (x*y): 9000*9000\r\n" + bytes(600),
         "jpeg 2000 rubbish": b"\0\0\0\x0cjP  \r\n\x87\n" + b"\xff" * 100,
     }
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@some_and_all
+def test_an_array_is_an_image_or_a_bad_one(tmp_path, most):
+    """.npy, .npz, TIFF of 5 pages and DICOM, damaged, or lying about what they hold."""
+    names = [*WHOLE_ARRAYS, *LIARS, *drawn(arrays().keys() - WHOLE_ARRAYS.keys() - LIARS.keys(), most)]
+    verdicts = survey(load_array, [(str(tmp_path), name) for name in names], seconds=30)
+    assert_no_faults(verdicts, MOST_MEMORY_MB)
+    worked = {verdict.case[1] for verdict in verdicts if verdict.outcome == "worked"}
+    assert worked >= WHOLE_ARRAYS.keys() and not worked & LIARS.keys()
+
+
+def load_array(case):
+    """In a child process: by its path, mapped where it can be, and as bytes."""
+    root, name = case
+    path = Path(root) / ("image.npy" if "npy" in name else "image.jpg")
+    path.write_bytes(arrays()[name])
+    try:
+        pixels = [load_image(content, 5, (-100, 100), "channels") for content in (path, path.read_bytes())]
+    except BadImage as error:
+        raise UserError(error) from error
+    assert torch.equal(*pixels) and pixels[0].dtype == torch.float32 and len(pixels[0]) == 5
+    assert pixels[0].min() >= 0 and pixels[0].max() <= 255
+
+
+WHOLE_ARRAYS = {
+    "npy": lambda: npy(values("int16")),
+    "npz": lambda: npz(image=values("float32")),
+    "pages": lambda: tiff(values("int16"), photometric="minisblack"),
+    "deflated tiles": lambda: tiff(values("float32"), photometric="minisblack", tile=(16, 16), compression="zlib"),
+    "planes": lambda: tiff(values("uint8"), photometric="minisblack", planarconfig="separate"),
+    "dicom": lambda: dicom(values("int16")),
+}
+
+
+@cache
+def arrays():
+    found = {name: make() for name, make in (WHOLE_ARRAYS | LIARS).items()}
+    for name in WHOLE_ARRAYS:
+        for damage, bad in mutants(found[name], MUTANTS_PER_FILE, name, ((0.0, HEADER), (0.0, 1.0))):
+            found[f"{name}: {damage}"] = bad
+    return found
 
 
 # ---- one image, given by hand ----------------------------------------------------------------------------------------
