@@ -79,10 +79,11 @@ def add_dataset_arguments(parser):
         action=OneOrSeveral,
         default=None,
         metavar="PATH[:WEIGHT]",
-        help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), or a text "
-        "file with one path per line; train/ and val/ (or test/) in it are found. Several of them are one set: of A "
-        "B:0.5 an epoch draws each image of A once and every second of B. Other data sets: where their files are, or "
-        "where to download them to",
+        help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), a text file "
+        "with one path per line, or shards (.tar, .zip, .parquet, .arrow, .h5) or a folder of these; train/ and val/ "
+        "(or test/) in it are found; hf://NAME asks Hugging Face's hub. Several of them are one set: of A B:0.5 an "
+        "epoch draws each image of A once and every second of B. Other data sets: where their files are, or where to "
+        "download them to",
     )
     add_image_arguments(parser)
     add(

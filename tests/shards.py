@@ -77,7 +77,8 @@ def parquet(root, out, rows=4, as_numbers=True):
     import pyarrow.parquet as pq
 
     (out / "data").mkdir(parents=True)
-    table, half = table_of(root, as_numbers), 10
+    table = table_of(root, as_numbers)
+    half = len(table) * 2 // 5
     for number, part in enumerate((table.slice(0, half), table.slice(half))):
         pq.write_table(part, out / "data" / f"train-0000{number}-of-00002.parquet", row_group_size=rows)
     return out

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 
+import benchmarks.shards
 import data
 import images.shards
 import images.tars
@@ -121,6 +122,14 @@ def test_workers_of_every_kind_read_every_form(forms, form, context):
         dataset, batch_sampler=steps, num_workers=2, multiprocessing_context=context, collate_fn=as_it_is
     )
     assert all(map(torch.equal, batches, map(dataset.__getitems__, steps)))
+
+
+@pytest.mark.slow
+def test_the_benchmark_has_a_row_for_every_form(capsys):
+    words = ["--images", "24", "--side", "16", "--rows", "4", "--block", "4", "--repeats", "1"]
+    benchmarks.shards.main(benchmarks.shards.get_parser().parse_args(words))
+    said = capsys.readouterr().out
+    assert all(f"| {form}" in said for form in ["folder", *FORMS])
 
 
 # Splits
