@@ -115,7 +115,7 @@ def read_log_of(run):
 
 
 def is_line(line):
-    return line is not None and line.get("kind") in ("step", "epoch") and type(line.get("step")) is int
+    return line is not None and line.get("kind") in ("start", "step", "epoch") and type(line.get("step")) is int
 
 
 def parsed_together(texts):
