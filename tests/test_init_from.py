@@ -286,9 +286,10 @@ def test_a_stopped_run_goes_on_from_its_own_checkpoint(folder, tmp_path, capsys)
         main_cplearn.train(args_of(folder, tmp_path / "parts", saveckp_freq=1, **given))
     (tmp_path / "vit.pth").unlink()
     capsys.readouterr()
-    main_cplearn.train(args_of(folder, tmp_path / "parts", saveckp_freq=1, **given))
+    elsewhere = given | {"init_from": tmp_path / "gone.pth"}
+    main_cplearn.train(args_of(folder, tmp_path / "parts", saveckp_freq=1, **elsewhere))
     path = tmp_path / "parts" / "checkpoint.pth"
-    assert f"--init_from {tmp_path}/vit.pth: not read, the run goes on from {path}\n" in capsys.readouterr().out
+    assert f"--init_from {tmp_path}/gone.pth: not read, the run goes on from {path}\n" in capsys.readouterr().out
     whole, parts = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for entry in ("student", "optimizer"):
         ours, theirs = (list(flat(state[entry])) for state in (whole, parts))
