@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import tracemalloc
 import warnings
 import zipfile
 
@@ -378,6 +379,17 @@ def test_a_file_that_lies_is_a_bad_image(tmp_path, name, as_bytes):
             else:
                 load_image(tmp_path / name, channels, (0, 1), "channels")
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["npz bomb", "tiff bomb", "npy of 10^12", "dicom of 65535 x 65535"])
+def test_what_a_file_declares_is_refused_before_room_is_made_for_it(name):
+    content = LIARS[name]()
+    tracemalloc.start()
+    with pytest.raises(BadImage):
+        load(content, 1, (0, 1), "channels")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_pages_are_counted_up_to_a_limit():

@@ -135,6 +135,15 @@ def test_evaluations_see_every_level(fields):
     assert min(np.abs(x[0, :, a : a + 20, b : b + 20].numpy() - expected).max() for a, b in places) < 1e-5
 
 
+def test_training_sees_every_level(fields):
+    levels = ("--mean", *[0.5] * 5, "--std", *[0.2] * 5)
+    for more, kind in (((), torch.float32), (("--no-float_pixels",), torch.uint8)):
+        args = folder_args(fields, "--in_chans", 5, "--value_range", -2000, 3000, *levels, *more)
+        batch = next(iter(data.TrainLoader(open_dataset(args), args, batch_size=4).epoch(0)))
+        assert [crops.dtype for crops in batch.crops] == [kind] and batch.bad == {}
+        assert torch.equal(batch.crops[0], batch.crops[0].round()) == (kind == torch.uint8)
+
+
 # Views
 
 
