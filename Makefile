@@ -35,12 +35,14 @@ demo: $(HAS_RUN) data ## pretrain on Fashion-MNIST for about five minutes on two
 	$(RUN) eval_cluster.py $(EVAL_FLAGS) --baselines
 	@echo "run folder: $(DEMO)"; ls $(DEMO)
 	@$(RUN) -m evaluation.summary $(DEMO)
+	@$(RUN) make_report.py $(DEMO) --output $(DEMO)/report.html
 
 eval: $(HAS_RUN) data ## after make demo: every evaluation of its checkpoint, with tables and figures in runs/demo
 	$(RUN) eval_knn.py $(EVAL_FLAGS)
 	$(RUN) eval_linear.py $(EVAL_FLAGS)
 	$(RUN) eval_cluster.py $(EVAL_FLAGS) --match_k 10 --gallery --export $(DEMO)/codes.csv
 	$(RUN) eval_collapse.py $(EVAL_FLAGS)
+	@$(RUN) make_report.py $(DEMO) --output $(DEMO)/report.html
 
 test: $(HAS_DEV) data ## install what the tests need and run them, two files at a time
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile

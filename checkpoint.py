@@ -362,6 +362,7 @@ FREE_FLAGS = {
     "class_list", "head_impl", "init_from",
     "output_dir", "data_path", "num_workers", "device", "resume", "no_resume", "allow_changed_flags",
     "save_every_minutes", "saveckp_freq", "watchdog_s", "log_every", "knn_every", "max_bad_images", "compile",
+    "linear_every", "probe_data", "log_to", "on_collapse", "replay",
     "grad_checkpointing", "batch_size_per_gpu", "accum_steps", "codes_storage",
 }  # fmt: skip
 

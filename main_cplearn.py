@@ -67,13 +67,15 @@ from checkpoint import (
     share_of_batch,
 )
 from cplearn_head import CPLearn, CPLearnHead
-from evaluation.knn import knn_of_run
+from evaluation.probes import add_probe_arguments, due, open_probe_images, probe
 from fused_loss import choose_loss
-from images import ImageSet, check_same_classes, open_dataset
+from images import open_dataset
 from images.levels import fill_in_levels
-from monitor import Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
+from monitor import ALIKE, Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
 from pretrained import OBJECTIVES, load_backbone
+from report.replay import args_of_run, replay
+from running.loggers import add_logger_arguments, require
 from running.watch import Watch
 from running.writer import Writer
 from utils import (
@@ -81,6 +83,7 @@ from utils import (
     Agreement,
     ArgumentParser,
     Number,
+    RunFailed,
     Stopped,
     UserError,
     all_gather_rows,
@@ -205,11 +208,16 @@ def add_run_arguments(parser):
     )
     add("--log_every", type=positive(int), default=50, help="steps per logged line; each costs one wait for the device")
     add(
-        "--knn_every",
-        type=not_negative(int),
-        default=0,
-        help="k-NN accuracy every so many epochs, where labels are; 0: never",
+        "--on_collapse",
+        choices=("warn", "stop"),
+        default="warn",
+        help=f"stop: where {ALIKE} logged lines one after the other look like the same collapse, save and end with "
+        "exit code 1, not to be started again",
     )
+    add("--replay", default=None, metavar="OUTPUT_DIR", help="do the step again at which the run of this folder met a "
+        "loss that is not finite, and name the first tensor that is not; nothing is written")  # fmt: skip
+    add_probe_arguments(parser)
+    add_logger_arguments(parser)
 
 
 @dataclass
@@ -227,7 +235,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     total_steps: int
-    val_images: ImageSet | None  # for k-NN
+    probe_images: tuple | None  # labelled (train, val), for k-NN and the linear probe
     lock: io.IOBase | None  # rank 0's, on the output folder; held until it is closed
     earlier: dict | None  # the checkpoint to go on from, until it is loaded
     compiled: str  # what the run says of it
@@ -265,14 +273,15 @@ def train(args):
     ended = step % run.loader.steps_per_epoch == 0 or step == run.total_steps
     epoch_is_open = ended and run.recorder.epoch.count > 0
     run.log = RunLog(args.output_dir, step, run.total_steps, epoch_is_open)
+    run.log.forward_to(args.log_to, vars(args))
     describe(run, step)
     with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch, losing_nothing(run):
         if epoch_is_open:
             set_schedules(run, step - 1)
             finish_epoch(run, step)
         keep_copy(run, step)  # the earlier start may have ended before it could
-        if args.knn_every and step == 0:  # what the run starts from, so that later lines show what it forgets
-            run.log.write({"kind": "start", "step": 0} | measure(run, step))
+        if step == 0 and run.probe_images:  # what the run starts from, so that later lines show what it forgets
+            run.log.write({"kind": "start", "step": 0} | probe(run, step, due(args, 0, last=True)))
         while step < run.total_steps:
             step = train_one_epoch(run, step)
             finish_epoch(run, step)
@@ -418,26 +427,16 @@ def count_bad_images(run):
 
 
 def finish_epoch(run, step):
-    """k-NN where it is asked for, the epoch's line, its checkpoint, and then the figure."""
-    args, epoch = run.args, (step - 1) // run.loader.steps_per_epoch
-    last = step == run.total_steps
-    found = {}
-    if args.knn_every and ((epoch + 1) % args.knn_every == 0 or last):
+    """k-NN and the linear probe where they are asked for, the epoch's line, its checkpoint, and then the figure."""
+    last, found = step == run.total_steps, {}
+    if names := due(run.args, (step - 1) // run.loader.steps_per_epoch, last):
         save(run, step)  # with the epoch's numbers in it: a run that dies in here comes back to this line
-        found = measure(run, step)
+        found = probe(run, step, names)
     run.recorder.read(may_overflow=run.may_overflow)
     run.log.write(log_head("epoch", run, step, run.recorder.epoch.take()) | found)
     if last or copy_is_due(run, step):  # else the clock decides
         save(run, step, stopping=last)
     run.log.draw(last)
-
-
-def measure(run, step):
-    """k-NN of the backbone as it is: {"knn_top1": percent}, or nothing where it fails."""
-    # what fails on one of several processes ends them all: the others are inside a collective
-    with run.log.going_on("k-NN", "failed") if world_size() == 1 else contextlib.nullcontext():
-        return knn_of_run(run, step)
-    return {}
 
 
 def describe(run, step):
@@ -483,7 +482,7 @@ def describe_batch(run):
 def own_vote(run):
     """What this process votes for: what all of them should do now."""
     run.writer.raise_failure()
-    if run.watch.signals:
+    if run.watch.signals or (run.args.on_collapse == "stop" and run.log.collapse):
         return STOP
     if rank() != 0 or time.monotonic() - run.saved_at <= 60 * run.args.save_every_minutes:
         return GO_ON
@@ -492,11 +491,16 @@ def own_vote(run):
 
 
 def stop(run, step):
-    """End after a signal that at least one process has got: the checkpoint is written."""
+    """End after a signal that at least one process has got, or for a collapse: the checkpoint is written."""
     run.agreement.settle()
     number = torch.tensor(int(run.watch.signals[0]) if run.watch.signals else 0)
     # also a barrier: SLURM ends all processes when the first one leaves, and rank 0 may still be writing
     dist.all_reduce(number, dist.ReduceOp.MAX)
+    if not number:
+        close(run)
+        found = run.log.collapse or "a collapse"
+        raise RunFailed(f"step {step}: --on_collapse stop: this looks like {found}; saved in "
+                        f"{checkpoint_path(run.args)}; --on_collapse warn goes on")  # fmt: skip
     run.log.print(f"stopped by a signal at step {step}; the same command goes on from {checkpoint_path(run.args)}")
     close(run)
     raise Stopped(128 + int(number))
@@ -521,7 +525,7 @@ def build_run(args):
     if batch_size * accum_steps * world_size() < 2:
         raise UserError("--batch_size_per_gpu 1: batch norm needs at least 2 images per step, over all processes")
     images = open_dataset(args, "train")
-    val_images = open_val(args, images) if args.knn_every else None
+    probe_images = open_probe_images(args, images)
     refuse_differences(args, images)
     fill_in_levels(args, images, earlier)
     loader = data.TrainLoader(images, args, batch_size, rank(), world_size(), device=device, accum_steps=accum_steps)
@@ -547,7 +551,7 @@ def build_run(args):
         optimizer=build_optimizer(args, model),
         scaler=torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
         total_steps=total_steps,
-        val_images=val_images,
+        probe_images=probe_images,
         lock=lock,
         earlier=earlier,
         compiled=compiled,
@@ -592,6 +596,8 @@ def check_arguments(args, device):
     data.resolve_dataset_defaults(args)
     args.precision = choose_precision(args.precision, device)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.log_to is not None:
+        on_rank_zero(require, args.log_to)
     if args.shard_codes and args.prior_scope == "local":
         raise UserError("--prior_scope local: with --shard_codes every process sees all images; use global")
     if args.precision == "fp16" and device.type == "cpu":
@@ -600,17 +606,14 @@ def check_arguments(args, device):
         raise UserError(f"--watchdog_s {args.watchdog_s:g}: expected 0 (never) or at least 10; a step takes its time")
 
 
-def open_val(args, images):
-    val_images = open_dataset(args, "val")
-    if images.labels is None or val_images.labels is None:
-        raise UserError(f"--knn_every {args.knn_every}: the images in {args.data_path} have no labels; use 0")
-    check_same_classes(images, val_images)
-    return val_images
-
-
 @command_line
 def main(argv=None):
-    train(get_args_parser().parse_args(argv))
+    args = get_args_parser().parse_args(argv)
+    if args.replay is None:
+        train(args)
+        return
+    run = build_run(args_of_run(args))
+    replay(run, resume(run), train_one_step)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import append_whole, replace_file
+from running.loggers import Forwarder
 from utils import RunFailed, all_reduce_mean, one_line, rank
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe
 SECONDS_PER_DRAWING = 300
+ALIKE = 2  # lines that look like the same collapse: one may be an accident
 DRAW = "import sys; from monitor import plot_log; plot_log(*sys.argv[1:])"
 
 
@@ -118,9 +120,10 @@ class RunLog:
         self.step = self.first_step = step
         self.started = time.monotonic()
         self.writer = self.bar = None
-        self.warned = set()
+        self.warned, self.alike, self.collapse = set(), {}, None
         self.waiting = ""  # lines that are not in log.txt yet
         self.drawing, self.drawn_at = None, self.started
+        self.forwarder = None  # --log_to
         if rank() == 0:
             threading.excepthook = keep_tensorboard_quiet
             drop_lines_after(self.folder / "log.txt", step, epoch_is_open)
@@ -141,6 +144,9 @@ class RunLog:
                     f"warning: step {self.step}: this looks like {sentence}; {advice.get(kind, 'see the README')}"
                 )
         self.warned = {kind for kind, _ in found}
+        self.alike = {kind: self.alike.get(kind, 0) + 1 for kind in self.warned}  # lines one after the other
+        lasting = [sentence for kind, sentence in found if self.alike[kind] >= ALIKE and kind != "saddle"]
+        self.collapse = lasting[0] if lasting else None
 
     def advance(self):
         if self.bar is not None:
@@ -154,6 +160,8 @@ class RunLog:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self.waiting += json.dumps(line) + "\n"
         self.flush()
+        if self.forwarder is not None:
+            self.forwarder.send(line)
         with self.going_on("TensorBoard's events"):
             self._add_events(line)
         if line["kind"] == "step":
@@ -225,8 +233,15 @@ class RunLog:
         left = (time.monotonic() - self.started) / (line["step"] - self.first_step) * (self.total_steps - line["step"])
         self.print(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
 
+    def forward_to(self, name, flags):
+        """Lines go to the logger of --log_to too, from now on."""
+        if name is not None and rank() == 0:
+            self.forwarder = Forwarder(name, self.folder, flags, self.print)
+
     def close(self):
         self.flush()
+        if self.forwarder is not None:
+            self.forwarder.close()
         for open_one in (self.bar, self.writer):
             if open_one is not None:
                 with self.going_on("TensorBoard's events"):

@@ -1,25 +1,21 @@
 """k-nearest-neighbour classification of feature matrices, exactly.
 
     accuracy = knn_accuracy(train, train_labels, test, test_labels, ks=(10, 20), temperatures=(0.07,))
-    found = knn_of_run(run, step)               # of a backbone in training; run: main_cplearn's Run
 
 Shapes: N training images, M test images, D features, C classes, k neighbours, b test images at a time.
 """
 
 import itertools
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import data
 import evaluation
 import utils
 from evaluation import RANKED
-from monitor import read_log
 from utils import UserError
 
 MEMORY_MB = 1024  # what one chunk of test images may take
@@ -106,31 +102,6 @@ def rank_by_votes(labels, weights, num_classes):
     votes, classes = votes.topk(min(RANKED, num_classes), dim=1)
     classes[votes == 0] = -1
     return F.pad(classes, (0, RANKED - classes.shape[1]), value=-1)
-
-
-# ---- of a run that trains --------------------------------------------------------------------------------------------
-
-
-def knn_of_run(run, step):
-    """k-NN accuracy (top-1, percent) of the frozen backbone, as eval_knn.py computes it."""
-    args = run.args
-    settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
-    settings |= {"rank": utils.rank(), "world_size": utils.world_size()}
-    settings |= {"batch_size": run.batch_size, "device": run.device}
-    evaluated = getattr(run.model.objective, "teacher", run.model).backbone  # as in a checkpoint
-    matrices = []
-    for images in (run.loader.images, run.val_images):
-        batches = run.watch.each(data.eval_batches(images, **settings), step)
-        features, _ = evaluation.extract_features(evaluated, batches, len(images), run.device, args.precision)
-        matrices += [features, torch.as_tensor(images.labels)]
-    k = min(20, len(run.loader.images))
-    search = partial(search_by_torch, device=run.device)  # faiss would bring its own CUDA and take memory beside torch
-    with run.watch.paused():
-        (accuracy,) = knn_accuracy(*matrices, ks=(k,), search=search, over_processes=True).values()
-    before = [line.get("knn_top1") for line in read_log(Path(args.output_dir) / "log.txt") if line["kind"] == "start"]
-    beside = f" (before the first step: {before[0]:.2f} %)" if before and before[0] is not None else ""
-    run.log.print(f"k-NN (k = {k}) on {len(run.val_images)} images: {accuracy['top1']:.2f} %{beside}")
-    return {"knn_top1": accuracy["top1"]}
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
