@@ -133,6 +133,7 @@ NOT_RUN = {  # and why
     r"torchrun --max-restarts$": "no whole command",
     r"--dataset fashion_mnist|--patch_size 7": "Fashion-MNIST, which is not everywhere; make demo runs it",
     r"pip install|-m venv": "installs",
+    r"--in_chans 5": "images of 5 channels; test_channels.py makes some and runs it",
     r"evaluation\.summary|experiments\.(tables|figures|pages)": "read what others wrote; test_results.py",
     r"run_experiments\.py|experiments\.(supervised|planted)": "hours; test_run_experiments.py runs it",
 }
