@@ -103,7 +103,9 @@ def count_step(words):
             first_half=FirstHalf(model.backbone, model.objective, "bf16"),
             second_half=model.objective,
             scaler=torch.amp.GradScaler("cpu", enabled=False),
-            loader=SimpleNamespace(augment=lambda batch=None, device=None: [torch.empty(view) for view in views]),
+            loader=SimpleNamespace(
+                steps_per_epoch=1, augment=lambda batch=None, device=None: [torch.empty(view) for view in views]
+            ),
             ahead=lambda make: make(),
             log=SimpleNamespace(first_step=0),
             watch=SimpleNamespace(step=0, progress=lambda step: None),

@@ -375,13 +375,15 @@ def count_step(arch, num_codes, local_crops, grad_checkpointing, batch, parts=1,
 def loop_without_data(model, shapes, on_gpu):
     """What of a main_cplearn.Run a step needs that is not logged, with views of these shapes."""
     return SimpleNamespace(
-        args=SimpleNamespace(seed=0, precision="bf16"),
+        args=SimpleNamespace(seed=0, precision="bf16", freeze_backbone_epochs=0),
         device=torch.device("cpu"),
         model=model,
         first_half=FirstHalf(model.backbone, model.objective, "bf16"),
         second_half=model.objective,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
-        loader=SimpleNamespace(augment=lambda batch=None, device=None: [torch.empty(shape) for shape in shapes]),
+        loader=SimpleNamespace(
+            steps_per_epoch=1, augment=lambda batch=None, device=None: [torch.empty(shape) for shape in shapes]
+        ),
         ahead=TwoSets() if on_gpu else lambda make: make(),
         log=SimpleNamespace(first_step=0),
         watch=SimpleNamespace(step=0, progress=lambda step: None),

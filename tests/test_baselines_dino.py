@@ -18,14 +18,13 @@ from torch.nn import functional as F
 import accumulation
 import eval_cluster
 import eval_collapse
-import evaluation
 import main_cplearn
 import runs
 import visualize_attention
 from backbones import build_backbone
 from baselines.dino import DINO, DINOHead, dino_loss, next_center
 from checkpoint import load_checkpoint
-from evaluation.knn import knn_of_run
+from evaluation import probes
 from joint_steps import assert_near, over_processes, steps_in_float64
 from monitor import read_log
 from pretrained import load_pretrained
@@ -358,13 +357,11 @@ def test_nearest_neighbours_are_the_teachers(tmp_path, monkeypatch):
     """As in a checkpoint: without a hint of the student, whose features DINO never evaluates."""
     for split in ("train", "val"):
         write_pictures(tmp_path / "images" / split, 24)
-    seen, extract = [], evaluation.extract_features
-    monkeypatch.setattr(
-        evaluation, "extract_features", lambda model, *rest: seen.append(model) or extract(model, *rest)
-    )
+    seen, extract = [], probes.extract_features
+    monkeypatch.setattr(probes, "extract_features", lambda model, *rest: seen.append(model) or extract(model, *rest))
     run = main_cplearn.build_run(parsed(words(tmp_path / "images", tmp_path, epochs=1, knn_every=1)))
     run.log, run.watch = main_cplearn.RunLog(tmp_path, 0, 3), main_cplearn.Watch(())
-    assert knn_of_run(run, 1)["knn_top1"] >= 0
+    assert probes.knn(run, 1) >= 0
     assert len(seen) == 2 and all(model is run.model.objective.teacher.backbone for model in seen)
 
 

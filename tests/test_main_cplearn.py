@@ -21,7 +21,7 @@ import monitor
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
-from evaluation.knn import knn_of_run
+from evaluation import probes
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from pretrained import load_pretrained
@@ -552,7 +552,7 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     def broken(run, step):
         raise ValueError("no neighbours today")
 
-    monkeypatch.setattr(main_cplearn, "knn_of_run", broken)
+    monkeypatch.setitem(probes.PROBES, "knn", broken)
     run(folder, tmp_path / "broken", knn_every=1)
     assert "k-NN failed: ValueError: no neighbours today; going on" in capsys.readouterr().out
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "broken" / "checkpoint.pth")
@@ -560,9 +560,9 @@ def test_an_evaluation_never_costs_a_checkpoint(folder, tmp_path, monkeypatch, c
     def killed(run, step):
         if step:
             raise KeyboardInterrupt
-        return knn_of_run(run, step)
+        return probes.knn(run, step)
 
-    monkeypatch.setattr(main_cplearn, "knn_of_run", killed)
+    monkeypatch.setitem(probes.PROBES, "knn", killed)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "cut", knn_every=1)
     assert load_checkpoint(tmp_path / "cut" / "checkpoint.pth")["step"] == 12
