@@ -33,7 +33,7 @@ STORED = ("step", "epoch", "commit", "world_size", "batch_size", "effective_batc
 class Run:
     folder: Path
     steps: dict = field(default_factory=dict)  # {name: (T,) float64, NaN where a line has no such number}, of "step"
-    epochs: dict = field(default_factory=dict)  # the same of "epoch" lines
+    epochs: dict = field(default_factory=dict)  # the same of "epoch" lines, and of the "start" line before the first
     warnings: list = field(default_factory=list)  # spans of lines that look like a collapse
     starts: list = field(default_factory=list)  # of the present run, in order; "end" is a line that says how it ended
     args: dict = field(default_factory=dict)  # of the checkpoint
@@ -101,8 +101,8 @@ def read_log_of(run):
             while texts := list(itertools.islice(file, CHUNK)):
                 lines = [line for line in parsed_together(texts) if is_line(line)]
                 damaged += len(texts) - len(lines)
-                for kind, part in columns.items():
-                    part.add([line for line in lines if line["kind"] == kind])
+                columns["step"].add([line for line in lines if line["kind"] == "step"])
+                columns["epoch"].add([line for line in lines if line["kind"] != "step"])
                 for line in lines:
                     if line["kind"] == "step":
                         spans.add(line)

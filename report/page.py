@@ -85,8 +85,9 @@ def curves_of(run):
             points = points_of(run, value_of)
             if points is not None:
                 yield panel, least, label, points
-    if "knn_top1" in run.epochs:
-        yield "k-NN while training (%)", None, "k-NN", (run.epochs["step"], run.epochs["knn_top1"])
+    for name, label in (("knn_top1", "k-NN"), ("linear_top1", "linear probe")):
+        if name in run.epochs:
+            yield "accuracy while training (%)", None, label, (run.epochs["step"], run.epochs[name])
 
 
 OWN_PANELS = {  # as monitor.PANELS

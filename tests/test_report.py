@@ -96,6 +96,13 @@ def test_numbers_are_those_of_the_lines_and_what_is_none_is_counted(tmp_path, mo
     assert "huge" not in run.steps and any("5 lines are damaged" in text for text in run.missing)
 
 
+def test_what_was_measured_before_the_first_step_is_the_first_point(tmp_path):
+    lines = [{"kind": "start", "step": 0, "knn_top1": 40.0}, line(10), {"kind": "epoch", "step": 10, "knn_top1": 50.0}]
+    run = read_run(write_run(tmp_path, lines))
+    assert run.epochs["knn_top1"].tolist() == [40.0, 50.0] and run.epochs["step"].tolist() == [0, 10]
+    assert '"x":[0,10],"y":[40,50]' in report_page([run]) and not any("damaged" in text for text in run.missing)
+
+
 def test_a_thinned_curve_keeps_its_ends_and_its_peaks():
     rng = np.random.default_rng(0)
     y = rng.normal(size=100_000)
