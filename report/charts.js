@@ -96,8 +96,10 @@ class Chart {
   }
 
   marks(down) {
+    const first = this.steps[0], last = this.steps[this.steps.length - 1];
     for (const { from, to, text, kind } of this.spans) {
-      const left = this.x(Math.max(from, this.steps[0])), right = this.x(Math.min(to, this.steps[this.steps.length - 1]));
+      if (to < first || from > last || first === last) continue;
+      const left = this.x(Math.max(from, first)), right = this.x(Math.min(to, last));
       const rect = make(this.svg, "rect", { x: left - 1, y: EDGE.top, width: Math.max(2, right - left + 2), height: down, class: kind });
       make(rect, "title", {}, text);
     }
