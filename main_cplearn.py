@@ -34,13 +34,9 @@ import data
 from accumulation import (
     Ahead,
     FirstHalf,
-    add_tuning_arguments,
     backward_of_joint_batch,
-    build_optimizer,
-    describe_tuning,
     pass_through,
     refuse_batch_norm,
-    set_modes,
     wrap,
 )
 from backbones import (
@@ -73,6 +69,7 @@ from images import open_dataset
 from images.levels import fill_in_levels
 from monitor import ALIKE, Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
+from optimizer import add_tuning_arguments, build_optimizer, describe_tuning, set_modes
 from pretrained import OBJECTIVES, load_backbone
 from report.replay import args_of_run, replay
 from running.loggers import add_logger_arguments, require

@@ -559,27 +559,6 @@ def cosine_schedule(step, total_steps, base, final, warmup_steps=0):
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(module, lr_scales=None):
-    """Groups for the optimizer, two for each factor of the learning rate, the largest first: decayed weights; and
-    biases, norms, `cls_token`, `pos_embed`, without weight decay.
-
-    lr_scales: {name of a parameter: factor}; all others, and without it all, have 1.
-    Each group carries `lr_scale` and `names`, the parameters' names in order."""
-    scales = lr_scales or {}
-    factors = sorted({1.0, *scales.values()}, reverse=True)
-    groups = {(factor, decayed): {} for factor in factors for decayed in (True, False)}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            no_decay = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed", "reg_token"))
-            groups[scales.get(name, 1.0), not no_decay][name] = parameter
-    return [
-        {"params": list(found.values()), "names": list(found), "decayed": decayed, "lr_scale": factor}
-        | ({} if decayed else {"weight_decay": 0.0})
-        for (factor, decayed), found in groups.items()
-        if found or factor == 1
-    ]
-
-
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 

@@ -24,10 +24,11 @@ from torch import nn
 import data
 import evaluation
 import utils
-from accumulation import lr_scales, wrap
+from accumulation import wrap
 from augmentation import make_crop_recipe
 from batch_norm import convert_sync_batchnorm
 from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
+from optimizer import lr_scales, parameter_groups
 from utils import PRECISIONS, RunFailed, UserError
 
 DEFAULTS = {
@@ -163,7 +164,7 @@ class FinetuneRun(ClassifierRun):
         backbone = set_drop_path(copy.deepcopy(evaluated.model.backbone), args.drop_path_rate)
         self.model = convert_sync_batchnorm(Classifier(backbone, num_labels, args.precision)).to(device)
         scales = lr_scales(backbone, args.layer_decay) if args.layer_decay < 1 else None
-        self.optimizer = torch.optim.AdamW(utils.parameter_groups(self.model, scales), lr=0.0)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, scales), lr=0.0)
         self.wrapped = wrap(self.model, device)
         mixes = {"mixup_alpha": args.mixup, "cutmix_alpha": args.cutmix, "label_smoothing": args.label_smoothing}
         self.mix = Mixup(**mixes, num_classes=num_labels) if args.mixup or args.cutmix else None

@@ -10,7 +10,7 @@ SCRIPTS |= {"export_backbone", "hubconf", "run_with_submitit", "run_experiments"
 SCRIPTS |= {"extract_features", "eval_dense"}
 PACKAGES = ("images", "fused_loss", "evaluation", "baselines", "experiments", "exports", "report", "running")
 LEVELS = [  # a room imports from rooms below it, and from rooms on its own level as long as there is no circle
-    {"utils", "augmentation", "vision_transformer"},
+    {"utils", "augmentation", "vision_transformer", "optimizer"},
     {"images", "dictionary", "checkpoint", "running", "monitor", "backbones", "objective"}
     | {"accumulation", "batch_norm"},
     {"data"},

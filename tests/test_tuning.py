@@ -9,12 +9,11 @@ from timm.optim import param_groups_layer_decay
 
 import eval_knn
 import main_cplearn
-from accumulation import describe_groups, lr_scales
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from monitor import read_log
+from optimizer import describe_groups, lr_scales, parameter_groups
 from runs import assert_same_checkpoint, flags, logged, run_to_end, write_pictures
-from utils import parameter_groups
 
 
 @pytest.fixture(scope="module")

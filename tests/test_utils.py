@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import utils
+from optimizer import parameter_groups
 from test_batch_norm import network
 from utils import (
     UNFINISHED,
@@ -33,7 +34,6 @@ from utils import (
     is_restart,
     name_of_this_start,
     on_rank_zero,
-    parameter_groups,
     seed_everything,
 )
 
