@@ -135,6 +135,10 @@ NOT_RUN = {  # and why
     r"pip install|-m venv": "installs",
     r"--in_chans 5": "images of 5 channels; test_channels.py makes some and runs it",
     r"evaluation\.summary|experiments\.(tables|figures|pages)": "read what others wrote; test_results.py",
+    r"data_path (/data/(shards|birds)|photos\.zip|hf://|scans\.h5)": "shards; test_shards.py makes them and trains on them",
+    r"/data/drawings:0\.5": "three folders; test_roots.py",
+    r"VOCdevkit": "images with masks; test_eval_dense.py makes some",
+    r"--replay": "needs a run that failed; test_replay.py makes one",
     r"run_experiments\.py|experiments\.(supervised|planted)": "hours; test_run_experiments.py runs it",
 }
 
@@ -178,6 +182,11 @@ def make_given_files(command, here):
     for seed, name in enumerate(sorted(checkpoints)):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(a_dino_checkpoint() if name.startswith("dino") else a_checkpoint(seed), here / name)
+    if command.program == "make_report.py":
+        for name in [word for word in command.words if word.startswith("runs")]:
+            folder = here / name / ("cplearn" if name == "runs" else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.txt").write_text('{"kind": "step", "step": 50, "train_loss": 2.5, "train_lr": 0.001}\n')
     if "--results" in command.words:
         words = ["--checkpoint", *(str(here / name) for name in checkpoints), "--output_dir", str(here / "results")]
         eval_knn.main([*words, *(word.replace("{here}", str(here)) for word in MORE["eval_knn.py"])])
