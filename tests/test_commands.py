@@ -135,7 +135,7 @@ NOT_RUN = {  # and why
     r"pip install|-m venv": "installs",
     r"--in_chans 5": "images of 5 channels; test_channels.py makes some and runs it",
     r"evaluation\.summary|experiments\.(tables|figures|pages)": "read what others wrote; test_results.py",
-    r"data_path (/data/(shards|birds)|photos\.zip|hf://|scans\.h5)": "shards; test_shards.py makes them and trains on them",
+    r"data_path (/data/(shards|birds)|photos\.zip|hf://|scans\.h5)": "test_shards.py makes such files and trains",
     r"/data/drawings:0\.5": "three folders; test_roots.py",
     r"VOCdevkit": "images with masks; test_eval_dense.py makes some",
     r"--replay": "needs a run that failed; test_replay.py makes one",
