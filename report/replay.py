@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumulation import backward_of_joint_batch
 from checkpoint import load_checkpoint
-from utils import RunFailed, UserError, world_size
+from utils import UserError, world_size
 
 TRIES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -63,7 +63,7 @@ class Still:
 
 
 def replay(run, step, train_one_step):
-    """Raises RunFailed where all steps up to the end are finite: this machine's arithmetic is not that of the run's."""
+    """Raises UserError where all steps up to the end are finite."""
     run.log, run.watch = Quiet(), Still()
     run.model.train()
     bad = bad_tensors(run.model.named_parameters())
@@ -87,7 +87,8 @@ def replay(run, step, train_one_step):
                 print(f"step {step}: loss {numbers['loss']:.4g}, finite", flush=True)
             if step % run.loader.steps_per_epoch == 0 or step == run.total_steps:
                 break
-    raise RunFailed(f"{step} steps, and all of them are finite here: another device or torch than the run's?")
+    raise UserError(f"--replay: {step} steps, and all of them are finite here; expected a run that met a loss that is "
+                    "not, on the same device and torch")  # fmt: skip
 
 
 def taken(run):

@@ -69,7 +69,7 @@ def test_a_replay_of_a_healthy_run_says_so_in_one_line(tmp_path):
     job.signal(signal.SIGUSR2)
     assert job.wait() == [128 + signal.SIGUSR2]
     job = launch(["--replay", tmp_path / "run"], tmp_path)
-    assert job.wait() == [1] and "all of them are finite" in job.output()
+    assert job.wait() == [2] and "all of them are finite" in job.output()
     job = launch(["--replay", tmp_path / "none"], tmp_path)
     assert job.wait() == [2] and "no such folder" in job.output()
 

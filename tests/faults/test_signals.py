@@ -79,7 +79,7 @@ def test_a_signal_during_start_up_harms_nothing(folder, undisturbed, launch, tmp
     job = launch(words, faults={0: partial(at_call, STEP, 4, partial(send, signal.SIGTERM))})
     job.wait()
     before = (tmp_path / "cut" / "checkpoint.pth").read_bytes()
-    for place in ("new_backbone", "describe"):
+    for place in ("build_optimizer", "describe"):
         for number in SIGNALS:
             job = launch(words, faults={0: partial(at_call, f"main_cplearn.{place}", 1, partial(send, number))})
             assert job.wait() in ([-number], [128 + number]), f"{place}, {number}:\n{job.output()}"
