@@ -16,7 +16,9 @@ from torch.export import Dim
 
 from exports import input_channels
 from exports.timm_folder import write_config
-from utils import one_line
+from utils import UserError, one_line
+
+OLDEST_TORCH = (2, 12)  # 2.11 fixes the sizes of a ResNet-8
 
 
 class Graph:
@@ -25,6 +27,9 @@ class Graph:
     library, on_device = "pytorch", False
 
     def __init__(self, model, config):
+        if torch_version() < OLDEST_TORCH:
+            raise UserError(f"--format onnx or torch: torch {torch.__version__} exports no graph of any size; expected "
+                            f"torch {'.'.join(map(str, OLDEST_TORCH))} or later, or --format timm or hf")  # fmt: skip
         self.config, self.embed_dim = config, model.embed_dim
         size = config["pretrained_cfg"]["input_size"][1:]
         self.step = patch_side(model.backbone)
@@ -99,6 +104,10 @@ MOST_BYTES = 1_900_000_000  # of an ONNX file; above, tensors lie in model.onnx.
 
 
 # ---- backbone -> graph -----------------------------------------------------------------------------------------------
+
+
+def torch_version():
+    return tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def patch_side(backbone):
