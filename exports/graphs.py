@@ -9,6 +9,7 @@ written for CPUs, in float32.
 import copy
 import sys
 import types
+import warnings
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,9 +17,7 @@ from torch.export import Dim
 
 from exports import input_channels
 from exports.timm_folder import write_config
-from utils import UserError, one_line
-
-OLDEST_TORCH = (2, 12)  # 2.11 fixes the sizes of a ResNet-8
+from utils import one_line
 
 
 class Graph:
@@ -27,9 +26,6 @@ class Graph:
     library, on_device = "pytorch", False
 
     def __init__(self, model, config):
-        if torch_version() < OLDEST_TORCH:
-            raise UserError(f"--format onnx or torch: torch {torch.__version__} exports no graph of any size; expected "
-                            f"torch {'.'.join(map(str, OLDEST_TORCH))} or later, or --format timm or hf")  # fmt: skip
         self.config, self.embed_dim = config, model.embed_dim
         size = config["pretrained_cfg"]["input_size"][1:]
         self.step = patch_side(model.backbone)
@@ -55,9 +51,11 @@ class Onnx(Graph):
     program, needs = "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
 
     def write(self, folder):
-        program = torch.onnx.export(
-            self.graph, dynamo=True, verbose=False, input_names=["images"], output_names=["features"]
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11's, of itself
+            program = torch.onnx.export(
+                self.graph, dynamo=True, verbose=False, input_names=["images"], output_names=["features"]
+            )
         tensors = self.graph.state_dict.values()
         program.save(folder / "model.onnx", external_data=sum(t.nbytes for t in tensors) > MOST_BYTES)
         write_config(folder, self.config)
@@ -88,7 +86,9 @@ class TorchExport(Graph):
         write_config(folder, self.config)
 
     def open(self, folder, device):
-        module = torch.export.load(folder / "model.pt2").module()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch 2.11: a buffer that is only read
+            module = torch.export.load(folder / "model.pt2").module()
         return lambda images: module(images.cpu())
 
     def usage(self, name):
@@ -106,10 +106,6 @@ MOST_BYTES = 1_900_000_000  # of an ONNX file; above, tensors lie in model.onnx.
 # ---- backbone -> graph -----------------------------------------------------------------------------------------------
 
 
-def torch_version():
-    return tuple(int(part) for part in torch.__version__.split(".")[:2])
-
-
 def patch_side(backbone):
     """Pixels of which images of a ViT are a multiple; 1 for other backbones."""
     return backbone.patch_embed.patch_size[0] if isinstance(backbone, VisionTransformer) else 1
@@ -122,7 +118,9 @@ def trace(backbone, size, step):
     rows, columns = Dim("rows", min=2 if step > 1 else 8), Dim("columns", min=2 if step > 1 else 8)
     sides = {2: step * rows, 3: step * columns} if step > 1 else {2: rows, 3: columns}
     try:
-        return graph_of(with_any_size(backbone), images, {0: Dim("batch", min=1), **sides}), True
+        graph = graph_of(with_any_size(backbone), images, {0: Dim("batch", min=1), **sides})
+        graph.module()(images[:, :, : size[0], : size[1]])  # torch 2.11 makes graphs that are of one size all the same
+        return graph, True
     except Exception as error:  # torch raises many kinds where a graph depends on the size
         reason = one_line(error, 120)
     print(
@@ -132,7 +130,9 @@ def trace(backbone, size, step):
 
 
 def graph_of(backbone, images, dynamic):
-    return torch.export.export(backbone, (images,), dynamic_shapes=(dynamic,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.11's, of itself
+        return torch.export.export(backbone, (images,), dynamic_shapes=(dynamic,))
 
 
 def with_any_size(backbone):
