@@ -42,7 +42,7 @@ def add_probe_arguments(parser):
     add(
         "--probe_data", default=None, metavar="PATH",
         help="a folder with train/ and val/ of classes, or one that is split by folders, to evaluate on instead of the "
-        "images that the run trains on",
+        "images that the run trains on; --class_list does not apply to it",
     )  # fmt: skip
 
 
@@ -81,8 +81,10 @@ def probe(run, step, names):
             began = time.monotonic()
             top1 = PROBES[name](run, step)
             found[f"{name}_top1"] = top1
+            train, val = map(len, run.probe_images)
+            sample = f", by {SAMPLE} of {train} training images" if name == "linear" and train > SAMPLE else ""
             run.log.print(
-                f"{NAMES[name]} on {len(run.probe_images[1])} images: {top1:.2f} %{beside(run, name)}, "
+                f"{NAMES[name]} on {val} images{sample}: {top1:.2f} %{beside(run, name)}, "
                 f"{time.monotonic() - began:.1f} s"
             )
     return found

@@ -25,7 +25,6 @@ from utils import UserError, one_line
 
 CHUNK = 4096  # lines of log.txt that are held as text; a long log has a million
 SILENT_S = 1800  # a run that writes no line for so long, or for 20 times what a line of it takes, hangs
-STATES = ("running", "finished", "stopped", "failed", "stale")
 STORED = ("step", "epoch", "commit", "world_size", "batch_size", "effective_batch", "fingerprint", "format")
 
 
@@ -226,7 +225,7 @@ def read_starts(run):
 
 
 def state_of(run):
-    """(one of STATES, why)."""
+    """("running", "finished", "stopped", "failed" or "stale", why)."""
     log, lock = run.folder / "log.txt", run.folder / ".lock"
     silent = time.time() - log.stat().st_mtime if log.is_file() else 0.0
     if is_locked(lock):
