@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accumulation import backward_of_joint_batch
 from checkpoint import load_checkpoint
+from optimizer import set_modes
 from utils import UserError, world_size
 
 TRIES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -64,8 +66,12 @@ class Still:
 
 def replay(run, step, train_one_step):
     """Raises UserError where all steps up to the end are finite."""
-    run.log, run.watch = Quiet(), Still()
-    run.model.train()
+    with tempfile.TemporaryDirectory() as run.args.output_dir:  # the first step draws views.png
+        run.log, run.watch = Quiet(), Still()
+        go_on_from(run, step, train_one_step)
+
+
+def go_on_from(run, step, train_one_step):
     bad = bad_tensors(run.model.named_parameters())
     if bad:
         print(f"step {step}: the checkpoint's own weights are not finite: {', '.join(bad)}")
@@ -73,14 +79,15 @@ def replay(run, step, train_one_step):
     print(f"from the checkpoint at step {step} on", flush=True)
     while step < run.total_steps:
         epoch, first = divmod(step, run.loader.steps_per_epoch)
+        set_modes(run, step)
         for batches in run.loader.steps(epoch, first, run.total_steps):
-            buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-            before = copy.deepcopy(run.scaler.state_dict())
+            kept = {name: tensor.detach().clone() for name, tensor in unlearned(run.model)}
+            scaler = copy.deepcopy(run.scaler.state_dict())
             train_one_step(run, batches, step)
             numbers = taken(run)
             step += 1
             if not all(map(math.isfinite, numbers.values())):
-                put_back(run, buffers, before)
+                put_back(run, kept, scaler)
                 say_step(step, numbers)
                 return explain(run, batches, step - 1)
             if step % 100 == 0:
@@ -97,13 +104,18 @@ def taken(run):
     return dict(zip(run.recorder.names, row.tolist(), strict=True))
 
 
-def put_back(run, buffers, scaler):
-    """What a step changes although its update is not taken."""
+def unlearned(model):
+    """(name, tensor) of what a step changes although its update is not taken: buffers, and a teacher's parameters."""
+    yield from model.named_buffers()
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+@torch.no_grad()
+def put_back(run, kept, scaler):
     run.scaler.load_state_dict(scaler)
     run.optimizer.zero_grad()
-    with torch.no_grad():
-        for name, buffer in run.model.named_buffers():
-            buffer.copy_(buffers[name])
+    for name, tensor in unlearned(run.model):
+        tensor.copy_(kept[name])
 
 
 def say_step(step, numbers):
@@ -114,16 +126,10 @@ def say_step(step, numbers):
 def explain(run, batches, step):
     """One line for each precision: what was the first tensor that is not finite."""
     as_run = run.args.precision
-    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    make_views, weights = run.ahead, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    make_views, weights = run.ahead, {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     for precision, dtype in {as_run: torch.float32, **TRIES}.items():
         run.args.precision = run.first_half.precision = "fp32" if precision == "fp64" else precision
-        run.model.to(dtype)
-        with torch.no_grad():
-            for name, parameter in run.model.named_parameters():
-                parameter.copy_(weights[name])
-            for name, buffer in run.model.named_buffers():
-                buffer.copy_(buffers[name])
+        run.model.to(dtype).load_state_dict(weights)
         run.ahead = lambda make, dtype=dtype: [view.to(dtype) for view in make_views(make)]
         print(f"in {precision}: {first_bad_tensor(run, batches, step)}", flush=True)
         run.optimizer.zero_grad()

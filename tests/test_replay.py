@@ -44,17 +44,26 @@ def plant_collapse():
 VIT = {"arch": "vit_mini", "patch_size": 8, "width": None, "drop_path_rate": 0.0}
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["output", "gradient"])
-def test_the_layer_of_a_planted_nan_is_named_and_nothing_is_written(tmp_path, gradient):
-    words = flags(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=1, **VIT)
-    fault = {0: partial(plant_nan, 9, gradient=gradient)}
+@pytest.mark.parametrize(
+    ("gradient", "at", "more"),
+    [
+        (False, 9, {}),
+        (True, 9, {}),
+        (False, 0, {}),  # before any checkpoint
+        (False, 15, {"freeze_backbone_epochs": 1, "objective": "dino"}),  # modes, and a teacher that follows
+    ],
+    ids=["output", "gradient", "first step", "after a rest"],
+)
+def test_the_layer_of_a_planted_nan_is_named_and_nothing_is_written(tmp_path, gradient, at, more):
+    words = flags(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=2, **VIT | more)
+    fault = {0: partial(plant_nan, at, gradient=gradient)}
     job = launch(words, tmp_path, faults=fault)
     assert job.wait() == [1] and "is nan" in job.output()
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
-    job = launch(["--replay", tmp_path / "run", "--device", "cpu", "--num_workers", "0"], tmp_path, faults=fault)
+    job = launch([*words, "--replay", tmp_path / "run"], tmp_path, faults=fault)
     assert job.wait() == [0], job.output()
     said = job.output()
-    assert "step 10: " in said and ("grad_norm is nan" in said if gradient else "loss is nan" in said)
+    assert f"step {at + 1}: " in said and ("grad_norm is nan" in said if gradient else "loss is nan" in said)
     for precision in ("fp32", "fp64"):
         told = next(text for text in said.splitlines() if text.startswith(f"in {precision}: "))
         assert f"the output of {LAYER} has" in told if gradient else f": {LAYER} (Linear) gives 1 of" in told, told
