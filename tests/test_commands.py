@@ -127,7 +127,7 @@ NOT_RUN = {  # and why
     r"^make ": "run by .ci/run, or by people: minutes, and an environment of its own",
     r"^(python -m )?pytest": "the tests themselves, run by .ci/run",
     r"benchmarks\.(head|dictionaries|requeue|step|recipes)": "minutes to an hour; test_recipes.py runs the last one",
-    r"benchmarks\.(border|crops|layouts|against)": "minutes; the last one wants the repository's history",
+    r"benchmarks\.(border|crops|layouts|against|report)": "minutes; the last one wants the repository's history",
     r"tests/slurm/cluster\.py": "a cluster of its own; tests/slurm runs it",
     r"--rdzv_endpoint": "needs several machines",
     r"torchrun --max-restarts$": "no whole command",
