@@ -88,7 +88,8 @@ def timm_config(model):
             "std": settings["std"] or data.fit_channels(known_images["std"], in_chans),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": known and known.first_conv,
+            # timm before 1.0.31 takes the weights of a named one for those of 3 channels, and makes others of them
+            "first_conv": known.first_conv if known and in_chans in (1, 3) else None,
             "classifier": known and known.classifier,
         },
         "model_args": model_args,
