@@ -3,6 +3,12 @@
 
 def headline(run):
     """("good", "bad" or "unknown", a sentence about the run's health)."""
+    kind, sentence = health(run)
+    return ("bad", f"The run failed after step {run.step:,}. {sentence}") if run.state == "failed" else (kind, sentence)
+
+
+def health(run):
+    """The same, of its curves and of eval_collapse.py's verdict alone."""
     steps = run.steps.get("step", ())
     if not len(steps):
         return "unknown", "Nothing has been logged yet."

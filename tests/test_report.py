@@ -167,6 +167,12 @@ def test_the_headline_says_what_collapsed_and_since_when(tmp_path):
     assert headline(run)[0] == "bad" and "dimensional" in headline(run)[1]
 
 
+def test_a_run_that_failed_is_not_called_healthy(tmp_path):
+    run = read_run(write_run(tmp_path, [line(50)], [start(0), end(51, "failed: step 51: loss is nan")]))
+    assert headline(run)[0] == "bad" and headline(run)[1].startswith("The run failed after step 50. ")
+    assert "step 51: loss is nan" in report_page([run])
+
+
 def test_scores_of_seeds_are_one_line_with_mean_and_deviation(tmp_path):
     runs, names = [], ["a", "b", "c"]
     for seed, (top1, beta) in enumerate(((80.0, 0.5), (83.0, 0.5), (70.0, 1.0))):
