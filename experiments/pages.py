@@ -8,7 +8,8 @@ A page holds blocks between two comments, and this program writes what is betwee
     <!-- table comparison short Fashion-MNIST -->
     <!-- end -->
 
-The other kind is <!-- claim NAME -->, of experiments/claims.py. tests/test_results.py holds pages and cells together.
+The other kinds are <!-- summary EXPERIMENT BUDGET SCORE, SCORE -->, all data sets in one table, and
+<!-- claim NAME -->, of experiments/claims.py. tests/test_results.py holds pages and cells together.
 """
 
 import re
@@ -51,10 +52,13 @@ def block(words, results):
         columns = [c for c in experiment.columns() if not column or c["name"] == " ".join(column)]
         if columns:
             return "\n\n".join(tables.table(experiment, column) for column in columns)
+    if kind == "summary" and len(rest) >= 3:
+        experiment = read_experiment(ROOT / f"{rest[0]}.toml", rest[1], results=results)
+        return tables.summary(experiment, " ".join(rest[2:]).split(", "))
     if kind == "claim" and len(rest) == 1 and rest[0] in claims.CLAIMS:
         return claims.CLAIMS[rest[0]](results)
-    raise UserError(f"<!-- {words} -->: expected table EXPERIMENT BUDGET [COLUMN], or claim and one of "
-                    f"{', '.join(claims.CLAIMS)}")  # fmt: skip
+    raise UserError(f"<!-- {words} -->: expected table EXPERIMENT BUDGET [COLUMN], or summary EXPERIMENT BUDGET SCORE, "
+                    f"SCORE, or claim and one of {', '.join(claims.CLAIMS)}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -43,7 +43,27 @@ def table(experiment, column):
         for title in (score["name"], f"{score['name']}, paper"):
             if any(title in line for line in lines):
                 titles[title] = (title, "")
-    return f"{markdown_table(lines, titles)}\n\n{caption(experiment, column)}"
+    return f"{markdown_table(lines, titles)}\n\n{caption(experiment, [column], scores)}"
+
+
+def summary(experiment, names):
+    """Markdown: one table of all data sets that have a result, with the scores of these names alone."""
+    scores = [score for score in experiment.spec["score"] if score["name"] in names]
+    columns = [c for c in experiment.columns() if any(experiment.finals(row, c) for row in experiment.rows())]
+    titles = {"row": ("", "")} | {
+        (c["name"], s["name"]): (f"{c['name']}, {s['name']}", "") for c in columns for s in scores
+    }
+    lines = []
+    for row in experiment.rows():
+        line = {"row": row["name"]}
+        for column in columns:
+            found = experiment.finals(row, column)
+            line |= {
+                (column["name"], score["name"]): cell_text(found, score, row, len(experiment.seeds(row)))
+                for score in scores
+            }
+        lines.append(line)
+    return f"{markdown_table(lines, titles)}\n\n{caption(experiment, columns, scores)}"
 
 
 def cell_text(found, score, row, num_seeds):
@@ -83,24 +103,21 @@ def describe(values, form):
     return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
 
 
-def caption(experiment, column):
+def caption(experiment, columns, scores):
     """What a reader must know of a table, and the command that makes it."""
-    results = [result for row in experiment.rows() for result in experiment.finals(row, column)]
+    results = [result for column in columns for row in experiment.rows() for result in experiment.finals(row, column)]
     if not results:
         return "Not run yet."
     seeds = sorted({result["seed"] for result in results})
     commits = sorted({result["commit"] for result in results})
     cpu = sum(sum(result["cpu_s"].values()) for result in results) / 3600
-    chance = " In brackets: the same codes under permuted labels." if has_chance(experiment) else ""
+    has_chance = any("chance" in score for score in scores)
+    chance = " In brackets: the same codes under permuted labels." if has_chance else ""
     return (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {len(results)} cells, {cpu:.1f} CPU-hours "
         f"with their evaluations, commit {', '.join(commits)}.{chance} "
         f"`python run_experiments.py experiments/{experiment.name}.toml --budget {experiment.budget}`"
     )
-
-
-def has_chance(experiment):
-    return any("chance" in score for score in experiment.spec["score"])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,17 @@ def test_what_is_missing_or_failed_is_said(experiment):
     assert second["linear"] == "failed (1 of 1)"
 
 
+def test_a_summary_has_the_scores_that_are_named_of_the_data_sets_that_have_any(experiment):
+    put(experiment, "A", 0, top1=50.0)
+    put(experiment, "A", 1, top1=52.0)
+    experiment.spec["column"].append({"name": "not run"})
+    text = tables.summary(experiment, ["linear"])
+    assert lines_of(text) == [{"": "A", "C, linear": "51.0 ± 1.4 (n = 2)"}, {"": "B", "C, linear": "-"}]
+    assert "2 cells, 2.0 CPU-hours" in text and "brackets" not in text
+    text = tables.summary(experiment, ["linear", "codes NMI"])
+    assert "C, codes NMI" in text and "In brackets" in text
+
+
 def test_a_block_that_means_nothing_is_one_line():
     with pytest.raises(UserError, match="nonsense"):
         pages.refreshed("<!-- claim nonsense -->\n<!-- end -->")
