@@ -31,8 +31,8 @@ def report_page(runs, refresh=None):
     most = max(20, min(MOST_POINTS, ALL_POINTS // max(1, sum(len(chart.series) for chart in charts))))
     drawn = "".join(figure(chart, most) for chart in charts) or "<p>No line has been logged yet.</p>"
     smoothing = '<label>Smoothing <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0"></label>'
-    curves = section("Curves", f"<p>{smoothing}</p><div class=charts>{drawn}</div>")
     several = len(runs) > 1
+    curves = section("Curves", f"<p>{smoothing}{key_of(charts)}</p><div class=charts>{drawn}</div>")
     return html_page(
         f"{len(runs)} runs of {printable(runs[0].folder.absolute().parent)}" if several else names[0],
         "".join(verdict(run, name if several else "") for run, name in zip(runs, names, strict=True)),
@@ -105,6 +105,13 @@ def points_of(run, value_of):
     except (KeyError, TypeError):
         return None
     return (run.steps["step"], values) if np.isfinite(values).any() else None
+
+
+def key_of(charts):
+    """What the marks on the curves mean, of those that there are."""
+    kinds = {span.kind for chart in charts for span in chart.spans}
+    meanings = {"restart": "vertical line: the run was started again", "warning": "shaded: looked like a collapse"}
+    return "".join(f' <span class="key {kind}">{text}</span>' for kind, text in meanings.items() if kind in kinds)
 
 
 def spans_of(run):

@@ -167,6 +167,15 @@ def test_the_headline_says_what_collapsed_and_since_when(tmp_path):
     assert headline(run)[0] == "bad" and "dimensional" in headline(run)[1]
 
 
+def test_marks_on_the_curves_are_explained_where_there_are_any(tmp_path):
+    few = {"batch_perplexity": 3.0}
+    lines = [*(line(step) for step in range(10, 60, 10)), line(60, **few)]
+    plain = report_page([read_run(write_run(tmp_path / "a", lines[:-1], [start(0)]))])
+    marked = report_page([read_run(write_run(tmp_path / "b", lines, [start(0), start(30)]))])
+    assert 'class="key' not in plain
+    assert 'class="key restart">vertical line' in marked and 'class="key warning">shaded' in marked
+
+
 def test_a_run_that_failed_is_not_called_healthy(tmp_path):
     run = read_run(write_run(tmp_path, [line(50)], [start(0), end(51, "failed: step 51: loss is nan")]))
     assert headline(run)[0] == "bad" and headline(run)[1].startswith("The run failed after step 50. ")
