@@ -37,7 +37,7 @@ from augmentation import (
 from images import DATASETS, BadImage, add_image_arguments
 from images.levels import AUTO, is_auto
 from images.workers import Workers
-from utils import Number, UserError
+from utils import Number, UserError, number_of_environment
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,8 @@ def resolve_dataset_defaults(args):
             setattr(args, name, [AUTO] if unknown else fit_channels(known[name], args.in_chans))
         check_levels(f"--{name}", getattr(args, name), kind, args.in_chans, training)
     if args.num_workers is None:
-        args.num_workers = max(1, min(10, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        processes = number_of_environment("LOCAL_WORLD_SIZE", default="1", least=1)
+        args.num_workers = max(1, min(10, available_cpus() // processes))
     if training:
         resolve_augmentation_defaults(args)
     return args

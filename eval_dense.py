@@ -207,6 +207,8 @@ def segment(patches, classify):
 
 def by_neighbours(features, labels, device, args):
     k = min(args.nb_knn, len(features))
+    if k < args.nb_knn:
+        evaluation.note(f"--nb_knn {k}: there are {k} training patches")
     nearest = choose_search(device)(features)  # once, not for each batch
 
     def classify(patches):

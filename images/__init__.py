@@ -8,7 +8,6 @@ What a set of images is to those who read it: sets.py.
 """
 
 import argparse
-import itertools
 import os
 import re
 import sys
@@ -16,9 +15,10 @@ import sys
 import numpy as np
 
 import utils
+from images.arrays import MOST_PAGES
 from images.decoding import BadImage, first_line
 from images.folders import NoSplit, enumeration, find_images, read_text
-from images.reading import PAGES, PLAIN, Reading, load_image, pages_of
+from images.reading import PAGES, PLAIN, Reading, load_image, number_of_pages
 from images.sets import ArrayImages, FolderImages, ImageSet, mix
 from images.shards import is_shard, kind_of, open_shards
 from images.small_sets import open_small_set
@@ -151,14 +151,23 @@ def open_folder(path, split="train", reading=PLAIN):
     found = find_images(path, split)
     remarks, names, labels = [f"of {found.place}", *found.remarks], found.names, found.labels
     if reading.pages == "images":
-        pages = [pages_of(os.path.join(os.fsencode(found.root), name), name) for name in names]
-        labels = None if labels is None else np.repeat(labels, list(map(len, pages)))
-        names = list(itertools.chain.from_iterable(pages))
-        remarks.append(f"each page of {len(found.names)} files")
+        names, labels, said = page_by_page(found)
+        remarks += said
     images = FolderImages(found.root, names, labels, found.classes, reading, remarks)
     if not any(images.look_at_some(20)):
         raise UserError(f"--data_path {path}: none of its images is there, such as {images.name(0)}")
     return images
+
+
+def page_by_page(found):
+    """(names of pages, labels or None, remarks) of the files in a `Found`: scan.tif#0, scan.tif#1, ..."""
+    counts = [number_of_pages(os.path.join(found.root, os.fsdecode(name))) for name in found.names]
+    remarks = [f"each page of {len(counts)} files"]
+    if too_many := sum(count > MOST_PAGES for count in counts):
+        remarks.append(f"of {too_many} with more than {MOST_PAGES:,} pages the first page alone: split them")
+    counts = [count if count <= MOST_PAGES else 1 for count in counts]
+    names = [b"%s#%d" % (name, page) for name, count in zip(found.names, counts, strict=True) for page in range(count)]
+    return names, None if found.labels is None else np.repeat(found.labels, counts), remarks
 
 
 def check_range(value_range):

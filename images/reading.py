@@ -20,7 +20,7 @@ import torch
 from PIL import UnidentifiedImageError
 
 from augmentation import match_channels
-from images.arrays import MOST_PAGES, check_size, count_pages, is_picture, map_npy, read_raw
+from images.arrays import check_size, count_pages, is_picture, map_npy, read_raw
 from images.decoding import (
     BadImage,
     check_regular,
@@ -176,14 +176,13 @@ def has_pages(path, reading):
         return False
 
 
-def pages_of(path, name):
-    """Names of a file's pages: b"scan.tif#0", ...; of the first alone where there are too many or the file is bad."""
+def number_of_pages(path):
+    """Of a file; MOST_PAGES + 1 where it has more, 1 where it is bad: who reads that page names the reason."""
     try:
         with naming_damage():
-            count = count_pages(read_content(os.fsdecode(path)))
+            return count_pages(read_content(path))
     except BadImage:
-        count = 1
-    return [b"%s#%d" % (name, page) for page in range(count if count <= MOST_PAGES else 1)]
+        return 1
 
 
 def split_page(path):

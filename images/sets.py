@@ -153,9 +153,6 @@ class FolderImages(ImageSet):
     def __len__(self):
         return len(self.names)
 
-    def relative_name(self, index):
-        return self.names[index]
-
     def name(self, index):
         return os.path.join(self.root, self.names[index]).decode("utf-8", "backslashreplace")
 
@@ -192,7 +189,9 @@ class ArrayImages(ImageSet):
         return match_channels(self.data[index : index + 1], channels)[0]
 
     def kept(self, indices, labels, classes, remark):
-        return ArrayImages(self.set_name, self.data[torch.from_numpy(indices)], labels, classes)
+        found = ArrayImages(self.set_name, self.data[torch.from_numpy(indices)], labels, classes)
+        found.remarks = [*self.remarks, remark]
+        return found
 
 
 class MixedImages(ImageSet):

@@ -68,6 +68,8 @@ def open_shards(paths, split, reading=PLAIN):
         return open_beside(paths, place, reading)
     left_out = [os.path.basename(file) for file in files if file not in (chosen or files)]
     said = [f"left out: {enumeration(left_out)}"] if left_out else []
+    beside = no_shards_beside(files) if os.path.isdir(first) else Counter()
+    said += [f"passed over beside them: {tally(beside)}"] if beside else []
     return arranged(gathered, reading, [f"of {place}", *(remarks or []), *said])
 
 
@@ -108,7 +110,7 @@ def shards_in(folder):
         except OSError:
             return []
         names = [os.fsdecode(name) for name, is_folder in entries if not is_folder and not is_hidden(name)]
-        files = saved_by_datasets(folder, names) or [name for name in names if kind_of(name)]
+        files = saved_by_datasets(names) or [name for name in names if kind_of(name)]
         if files:
             kinds = Counter(os.path.splitext(name)[1].lower() for name in files)
             if len({KINDS[ending] for ending in kinds}) > 1:
@@ -121,9 +123,16 @@ def shards_in(folder):
     return []
 
 
-def saved_by_datasets(folder, names):
+def saved_by_datasets(names):
     """The files of a data set that Hugging Face's save_to_disk wrote; caches of others lie beside them."""
     return [name for name in names if re.fullmatch(r"data-\d+-of-\d+\.arrow", name)] if "state.json" in names else []
+
+
+def no_shards_beside(files):
+    """By their endings, the files in a folder of shards that are neither shards nor indices of shards."""
+    names = [name for name, is_folder in look_into(os.fsencode(os.path.dirname(files[0]))) if not is_folder]
+    endings = [ending_of(name) for name in names if not is_hidden(name)]
+    return Counter(ending or "without ending" for ending in endings if ending not in (*KINDS, ".index"))
 
 
 def by_words(files, split):

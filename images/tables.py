@@ -6,6 +6,7 @@ group by row group in batches of a few rows, Arrow is mapped into memory: neithe
 
 import json
 import os
+from collections import Counter
 
 from images.listing import Broken, Listing, clean, label_text
 
@@ -27,7 +28,8 @@ class Columns:
     """Which columns of a schema are the images and their labels.
 
     image: name.  leaf: the path of the bytes in it.  names: the path of their file names, or None.  label: name or
-    None.  classes: names of the numbers in it, where Hugging Face's description has them.
+    None.  classes: names of the numbers in it, where Hugging Face's description has them.  passed_over: names of the
+    columns that could have been the image or the label too.
     """
 
     def __init__(self, schema):
@@ -45,7 +47,12 @@ class Columns:
         self.names = f"{self.image}.path" if self.is_struct and has_path(types, schema.field(self.image).type) else None
         labels = [name for name in LABEL_COLUMNS if kinds.get(name) == "label"]
         self.label = labels[0] if labels else None
+        self.passed_over = [name for name in images if name != self.image] + labels[1:]
         self.classes = class_names(schema.metadata, self.label)
+
+    def listing(self, num_rows):
+        """An empty Listing, which says what is passed over of so many rows."""
+        return Listing(width=2, passed=Counter({f"column {name}": num_rows for name in self.passed_over}))
 
     def leaves(self):
         return [column for column in (self.names, self.label) if column]
@@ -136,9 +143,10 @@ class Parquet:
 
     @staticmethod
     def look(path):
-        shard, listing = Parquet(path), Listing(width=2)
+        shard = Parquet(path)
         metadata, columns = shard.file.metadata, shard.columns
         check_count(metadata.num_rows, path)
+        listing = columns.listing(metadata.num_rows)
         done = 0
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
@@ -194,8 +202,10 @@ class Arrow:
 
     @staticmethod
     def look(path):
-        shard, listing, done = Arrow(path), Listing(width=2), 0
-        check_count(sum(map(len, shard.batches)), path)
+        shard, done = Arrow(path), 0
+        num_rows = sum(map(len, shard.batches))
+        check_count(num_rows, path)
+        listing = shard.columns.listing(num_rows)
         for number, batch in enumerate(shard.batches):
             batch.validate(full=True)  # that lengths inside lead to no place outside
             table = pyarrow().Table.from_batches([batch])

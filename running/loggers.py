@@ -52,7 +52,7 @@ class Forwarder:
         self.name, self.say, self.lines, self.left_out = name, say, queue.Queue(WAITING), 0
         self.failed = threading.Event()
         begin = {"wandb": into_wandb, "mlflow": into_mlflow, "trackio": into_trackio}[name]
-        arguments = (begin, Path(output_dir), flags, kept_name(Path(output_dir), name))
+        arguments = (begin, Path(output_dir), flags, kept_name(Path(output_dir), name, say))
         self.thread = threading.Thread(target=self._forward, args=arguments, name=f"log to {name}", daemon=True)
         self.thread.start()
 
@@ -91,14 +91,15 @@ def is_number(key, value):
     return isinstance(value, int | float) and not isinstance(value, bool) and key not in ("step", "kind")
 
 
-def kept_name(output_dir, logger):
+def kept_name(output_dir, logger, say):
     """The name of the run in a logger, made at its first start and kept in the folder."""
-    path = output_dir / ".log_to.json"
+    path, names = output_dir / ".log_to.json", {}
     try:
-        names = json.loads(path.read_text())
-        names = names if isinstance(names, dict) else {}
-    except (OSError, ValueError):
-        names = {}
+        names = dict(json.loads(path.read_text()))
+    except FileNotFoundError:  # the first start
+        pass
+    except (OSError, TypeError, ValueError) as error:
+        say(f"warning: --log_to {logger}: {path} cannot be read ({one_line(error)}): the run begins anew there")
     if not isinstance(names.get(logger), str):
         names[logger] = uuid.uuid4().hex[:16]
         with contextlib.suppress(OSError):  # a run that cannot write here says so elsewhere

@@ -265,6 +265,16 @@ def test_the_first_axis_of_an_npy_counts_images(tmp_path):
     assert np.allclose(images.load(2, 5).numpy(), expected, atol=1e-4)
 
 
+def test_a_file_of_more_pages_than_are_read_is_said(tmp_path):
+    np.save(tmp_path / "many.npy", np.zeros((arrays.MOST_PAGES + 1, 1, 1), np.uint8))
+    np.save(tmp_path / "two.npy", np.zeros((2, 1, 1), np.uint8))
+    found = open_dataset(folder_args(tmp_path, "--pages", "images", "--in_chans", 1))
+    assert [found.name(index)[-10:] for index in range(len(found))] == ["many.npy#0", "/two.npy#0", "/two.npy#1"]
+    assert "of 1 with more than 10,000 pages the first page alone" in found.summary
+    (tmp_path / "many.npy").unlink()
+    assert "more than" not in open_dataset(folder_args(tmp_path, "--pages", "images", "--in_chans", 1)).summary
+
+
 # Folders
 
 

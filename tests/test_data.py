@@ -541,3 +541,17 @@ def test_channels_that_cannot_be_made(photographs):
     assert loader.augment(next(iter(loader.epoch(0))), "cpu")[0].shape == (16, 4, 32, 32)
     with pytest.raises(UserError, match=r"--in_chans 3: these images have 4 channels; expected 4$"):
         array_loader(four, "--in_chans", 3)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_a_number_of_processes_that_is_none_is_one_line(value, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(UserError, match=f"LOCAL_WORLD_SIZE={value}: expected a whole number of at least 1"):
+        make_args("--dataset", "cifar10")
+
+
+def test_processes_share_the_cpus(monkeypatch):
+    monkeypatch.setattr(data, "available_cpus", lambda: 12)
+    for value, workers in (("", 10), ("1", 10), ("4", 3), ("100", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        assert make_args("--dataset", "cifar10").num_workers == workers

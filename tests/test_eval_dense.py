@@ -165,6 +165,12 @@ def test_colours_are_pascal_voc_s():
         assert tuple(eval_dense.colours_of(np.array([[label]]))[0, 0]) == colour
 
 
+def test_fewer_neighbours_than_asked_for_are_said(weights, tmp_path, capsys):
+    root = voc(tmp_path / "voc", num=(3, 2))
+    rows_of(weights, root, tmp_path / "out", "--num_patches", 6, "--nb_knn", 7, "--pictures", 0)
+    assert "note: --nb_knn 6: there are 6 training patches" in capsys.readouterr().err
+
+
 def test_of_several_processes_one_works(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_dense.utils, "rank", lambda: 1)
     monkeypatch.setattr(eval_dense.utils, "world_size", lambda: 2)

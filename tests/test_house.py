@@ -1,6 +1,7 @@
 """The plan of the house: which file may import which, and that README's map is the list of files that are there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -34,12 +35,15 @@ def room_of(path):
     return path.stem if path.parent == ROOT else path.parent.name
 
 
+@functools.cache
 def imports(path):
     """Names of our own rooms that a file imports, anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        yield from {name.split(".")[0] for name in names} & LEVEL.keys()
+        found |= {name.split(".")[0] for name in names} & LEVEL.keys()
+    return found
 
 
 def arrows():

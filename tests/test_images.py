@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 import data
+import images
 import pictures
 import utils
 from images import ArrayImages, FolderImages, check_same_classes, open_dataset, small_sets
@@ -49,6 +50,17 @@ def test_class_list(class_folders, tmp_path):
             open_dataset(folder_args(class_folders, "--class_list", listing))
     with pytest.raises(UserError, match="cannot be read"):
         open_dataset(folder_args(class_folders, "--class_list", tmp_path / "none.txt"))
+
+
+def test_what_a_class_list_leaves_out_of_a_small_set_is_said(tmp_path, monkeypatch):
+    pixels = torch.arange(6 * 3, dtype=torch.uint8).view(6, 3, 1, 1)
+    whole = ArrayImages("cifar10/train", pixels, np.arange(6) % 3, ["ant", "bee", "cat"])
+    monkeypatch.setattr(images, "open_small_set", lambda *args: whole)
+    (tmp_path / "list").write_text("ant cat")
+    found = open_dataset(make_args("--dataset", "cifar10", "--class_list", tmp_path / "list"))
+    assert found.labels.tolist() == [0, 1, 0, 1] and torch.equal(found.data, pixels[[0, 2, 3, 5]])
+    left_out = f"1 classes left out by --class_list {tmp_path / 'list'}"
+    assert found.summary == f"4 images in 2 classes (ant, cat) of cifar10/train; {left_out}"
 
 
 def test_class_names_with_blanks(tmp_path):

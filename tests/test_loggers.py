@@ -53,6 +53,16 @@ def test_numbers_arrive_in_order_under_one_name_for_all_starts(fake, tmp_path):
     assert fake.begun[2][1] != fake.begun[0][1]
 
 
+@pytest.mark.parametrize("content", ["{", "3", "[1, 2]"])
+def test_a_name_that_cannot_be_read_is_another_run_which_a_line_says(fake, tmp_path, content):
+    (tmp_path / ".log_to.json").write_text(content)
+    said = []
+    for _ in range(2):
+        Forwarder("wandb", tmp_path, {}, say=said.append).close()
+    assert len(said) == 1 and "cannot be read" in said[0] and "begins anew" in said[0]
+    assert fake.begun[0] == fake.begun[1]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no network"), SystemExit(3), KeyboardInterrupt()])
 def test_a_logger_that_fails_is_one_warning(fake, tmp_path, error):
     def fail(numbers, step):

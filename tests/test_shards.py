@@ -10,6 +10,8 @@ import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import tifffile
 import torch
@@ -367,6 +369,34 @@ def test_shards_of_several_kinds_are_not_one_set(class_folders, tmp_path):
     zipped(class_folders, tmp_path / "set" / "a.zip")
     with pytest.raises(UserError, match=r"shards of several kinds \(.tar 3, .zip 1\)"):
         open_folder(tmp_path / "set")
+
+
+def test_files_that_are_no_shards_are_said(class_folders, tmp_path):
+    tars(class_folders, tmp_path / "set")
+    open_folder(tmp_path / "set")  # makes the indices
+    assert "passed over" not in open_folder(tmp_path / "set").summary
+    for name in ("shard-003.tar.gz", "shard-004.tgz", "README", ".hidden"):
+        (tmp_path / "set" / name).write_bytes(b"")
+    assert "passed over beside them: without ending 1, .gz 1, .tgz 1" in open_folder(tmp_path / "set").summary
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_columns_that_could_have_been_taken_are_said(class_folders, tmp_path, form):
+    table = table_of(class_folders)
+    assert "passed over" not in open_folder(write_table(table, tmp_path / f"one.{form}")).summary
+    more = table.append_column("fine_label", [[0] * len(table)]).append_column("mask", table.column("image"))
+    found = open_folder(write_table(more, tmp_path / f"two.{form}"))
+    assert "passed over: column mask 27, column fine_label 27" in found.summary
+    assert found.classes == ["ant", "bee", "cat"]
+
+
+def write_table(table, path):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table)
+    return path
 
 
 def test_images_in_a_folder_come_before_shards_beside_them(class_folders, tmp_path):

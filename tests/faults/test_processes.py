@@ -42,7 +42,7 @@ def see_fewer_files():
     def wrap(open_dataset):
         def opened(args, split="train"):
             images = open_dataset(args, split)
-            return type(images)(os.fsdecode(images.root), [images.relative_name(i) for i in range(len(images) - 2)])
+            return type(images)(os.fsdecode(images.root), [images.names[i] for i in range(len(images) - 2)])
 
         return opened
 
