@@ -199,10 +199,24 @@ def open_models(args, device):
     for evaluated in models:
         evaluated.args.dataset = dataset
         data.resolve_dataset_defaults(evaluated.args)
+    check_read_alike(models, dataset)
     models = (baselines(models[0]) if args.baselines else []) + models
     for evaluated, stem in zip(models, file_stems([evaluated.name for evaluated in models]), strict=True):
         evaluated.stem = stem
     return models
+
+
+def check_read_alike(models, dataset):
+    """Raises UserError where files would become levels in another way for one model than for another: all see the same
+    images, and which of the ways is meant nobody can tell."""
+    readings = [image_sets.reading_of(evaluated.args).settled() for evaluated in models]
+    for evaluated, reading in zip(models, readings, strict=True) if dataset == "imagefolder" else ():
+        if reading != readings[0]:
+            raise UserError(
+                f"{models[0].name} and {evaluated.name} read images in different ways ({readings[0].describe()}; "
+                f"{reading.describe()}): give the flag in which they differ, which then holds for all models, or "
+                "evaluate them one by one"
+            )
 
 
 def baselines(evaluated):

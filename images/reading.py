@@ -45,6 +45,18 @@ class Reading(NamedTuple):
     floats: bool | None = None
     channels: int = 3
 
+    def settled(self):
+        """The same, with what None stands for."""
+        pages, floats = defaults(self.channels, self.pages, self.floats)
+        return self._replace(pages=pages, floats=floats)
+
+    def describe(self):
+        """As flags, all that `settled` says."""
+        _, pages, floats, channels = self.settled()
+        span = "no --value_range" if self.value_range is None else "--value_range {:g} {:g}".format(*self.value_range)
+        kind = "--float_pixels" if floats else "--no-float_pixels"
+        return f"{'1 or 3' if channels == 3 else channels} channels, {span} --pages {pages} {kind}"
+
     def levels(self, channels):
         """In words, what an image of so many channels can hold."""
         return "float32" if defaults(channels, self.pages, self.floats)[1] else "256 levels"

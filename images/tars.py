@@ -28,6 +28,7 @@ from images.listing import (
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
+BARE = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no content follows, whatever size they say
 OTHERS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "", b"6": "pipe", b"g": "", b"S": "sparse"}
 LONGEST_EXTRA = 2**20  # bytes of a header that extends the next one
 
@@ -121,7 +122,7 @@ def members(descriptor):
         if len(header) == BLOCK and not header.strip(b"\0"):
             return
         name, kind, size = parse(header, offset)
-        size = int(extra.get("size", size)) if kind not in (b"x", b"L", b"K", b"g") else size
+        size = 0 if kind in BARE else int(extra.get("size", size)) if kind not in (b"x", b"L", b"K", b"g") else size
         data, offset = offset + BLOCK, offset + BLOCK + -(-size // BLOCK) * BLOCK
         if data + size > end:
             raise Broken(f"cut off: a member that begins at byte {data - BLOCK} goes on after the end of the file")

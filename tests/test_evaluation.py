@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import evaluation
+import images as image_sets
 from backbones import build_backbone
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearnHead
@@ -262,6 +263,26 @@ def test_two_processes_share_the_work_and_the_file(folder, tmp_path, run_in_proc
 def test_models_that_cannot_be_compared(folder, checkpoints, flags, message):
     with pytest.raises(UserError, match=message):
         open_models(parsed(folder, *checkpoints, **flags), CPU)
+
+
+def test_models_whose_images_are_read_in_different_ways_are_not_compared(folder, tmp_path):
+    """All would see them as the first one does; a flag is for all, and a model that says nothing is of the defaults."""
+    for name, saved in (("range", {"value_range": [0, 4095]}), ("floats", {"float_pixels": True}), ("none", {})):
+        content = load_checkpoint(folder / "a" / "checkpoint.pth")
+        torch.save(content | {"args": content["args"] | saved}, tmp_path / f"{name}.pth")
+    for one, other, ways, flag in (
+        ("none", "range", r"no --value_range .*; .*--value_range 0 4095", ["--value_range", "0", "4095"]),
+        ("floats", "none", r"--pages first --float_pixels; .*--pages first --no-float_pixels", ["--no-float_pixels"]),
+    ):
+        args = parsed(folder, tmp_path / f"{one}.pth", tmp_path / f"{other}.pth")
+        with pytest.raises(UserError, match=f"^{one}.pth and {other}.pth read images in different ways .*{ways}"):
+            open_models(args, CPU)
+        words = ["--checkpoint", *args.checkpoint, "--data_path", args.data_path, "--device", "cpu", *flag]
+        args = evaluation.evaluation_parser("eval_some.py", "An evaluation.").parse_args(words)
+        models = open_models(args, CPU)
+        assert len({image_sets.reading_of(evaluated.args).settled() for evaluated in models}) == 1
+    explicit = parsed(folder, tmp_path / "none.pth", "dino.pth", pages="first")
+    assert len(open_models(explicit, CPU)) == 2
 
 
 def test_images_without_labels_or_of_one_class(folder, tmp_path):

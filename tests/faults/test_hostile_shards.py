@@ -124,6 +124,26 @@ def test_names_that_lead_elsewhere_links_and_devices_are_passed_over(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "a.tar.index"]) and not outside.exists()
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_what_has_no_content_hides_no_images_by_a_size(tmp_path, kind):
+    """As tarfile reads it, which goes on behind the header: a size there would jump over what follows."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "a.png", png())
+        member = tarfile.TarInfo("b.png")
+        member.type, member.linkname = kind, "../../../etc/passwd"
+        header = bytearray(member.tobuf())
+        header[124:136] = b"%011o\0" % len(png(1))  # tobuf says 0
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        archive.fileobj.write(header)
+        archive.offset += len(header)
+        add(archive, "c.png", png(1))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert [member.name for member in archive if member.isreg()] == ["a.png", "c.png"]
+    images = open_folder(tmp_path / "a.tar")
+    assert [images.read(index) for index in range(len(images))] == [png(), png(1)] and "broken" not in images.summary
+
+
 @pytest.mark.parametrize("how", ["gnu", "pax", "pax size"])
 def test_headers_that_extend_others_are_read_within_bounds(tmp_path, how):
     """A name or a size of any length could be declared."""
