@@ -12,6 +12,7 @@ from images.folders import KIND_OF_WORD
 from images.listing import LARGEST, Broken, Listing, label_text
 from utils import UserError
 
+LEAST = 2**23  # bytes of labels, names or classes that any file may have: they may be compressed
 IMAGES, LABELS, NAMES, CLASSES = ("images", "image"), ("labels", "label"), ("names", "paths"), ("classes",)
 
 
@@ -104,8 +105,8 @@ def list_group(listing, number, split, group, images, path):
     count = len(images)
     if count > os.path.getsize(path):
         raise Broken(f"says that it holds {count} images in {os.path.getsize(path)} bytes")
-    labels, names = texts(group, LABELS, count), texts(group, NAMES, count)
-    classes = class_names(group)
+    labels, names = texts(group, LABELS, count, path), texts(group, NAMES, count, path)
+    classes = class_names(group, path)
     prefix = f"{split}/" if split else ""
     stem = os.path.splitext(os.path.basename(path))[0]
     for row in range(count):
@@ -117,18 +118,27 @@ def list_group(listing, number, split, group, images, path):
         listing.add(prefix.encode() + name, (number, row), label_text(label))
 
 
-def texts(group, names, count):
+def texts(group, names, count, path):
     """The values of a data set of one number or text for each image; None where there is none."""
     found = find(group, names)
     if found is None:
         return None
-    if found.shape[:1] != (count,) or np.prod(found.shape) != count or found.dtype.itemsize > 4096:
+    if found.shape[:1] != (count,) or np.prod(found.shape) != count:
         raise Broken(f"{found.name.rsplit('/', 1)[-1]} of shape {found.shape} beside {count} images")
-    return found[()].reshape(-1).tolist()
+    return read_whole(found, path).reshape(-1).tolist()
 
 
-def class_names(group):
+def class_names(group, path):
     """Names of the numbers in labels: a data set or an attribute `classes`."""
     found = find(group, CLASSES)
-    values = group.attrs.get("classes") if found is None else found[()]
+    values = group.attrs.get("classes") if found is None else read_whole(found, path)
     return None if values is None else [label_text(value) for value in np.asarray(values).reshape(-1).tolist()]
+
+
+def read_whole(found, path):
+    """All values of a data set. Raises Broken where it says that it has more than the file can hold: what was never
+    written is a number or a text nevertheless."""
+    size = int(np.prod(found.shape, dtype=np.float64)) * found.dtype.itemsize
+    if size > max(LEAST, os.path.getsize(path)):
+        raise Broken(f"{found.name.rsplit('/', 1)[-1]} of shape {found.shape} and type {found.dtype}: {size} bytes")
+    return found[()]

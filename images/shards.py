@@ -59,7 +59,9 @@ def open_shards(paths, split, reading=PLAIN):
     if found is None:
         return None
     if reading.pages == "images":
-        raise UserError(f"--pages images: {first} holds shards, each of whose files is one image: leave it out, or unpack them")
+        raise UserError(
+            f"--pages images: {first} holds shards, each of whose files is one image: leave it out, or unpack them"
+        )
     files, place, is_split = found
     chosen = files if is_split else by_words(files, split)
     gathered = gather(chosen or files)

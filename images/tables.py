@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 
-from images.listing import Broken, Listing, clean, label_text
+from images.listing import LARGEST, LONGEST_NAME, Broken, Listing, clean, label_text
 
 # the first that is there; another name does where its type says what it is
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content", "data")
@@ -28,8 +28,8 @@ class Columns:
     """Which columns of a schema are the images and their labels.
 
     image: name.  leaf: the path of the bytes in it.  names: the path of their file names, or None.  label: name or
-    None.  classes: names of the numbers in it, where Hugging Face's description has them.  passed_over: names of the
-    columns that could have been the image or the label too.
+    None.  classes: names of the numbers in it, where Hugging Face's description has them.  passed_over: columns that
+    could have been the image or the label too, and those called as labels are, of values that are no classes.
     """
 
     def __init__(self, schema):
@@ -47,7 +47,8 @@ class Columns:
         self.names = f"{self.image}.path" if self.is_struct and has_path(types, schema.field(self.image).type) else None
         labels = [name for name in LABEL_COLUMNS if kinds.get(name) == "label"]
         self.label = labels[0] if labels else None
-        self.passed_over = [name for name in images if name != self.image] + labels[1:]
+        others = [f"{name} of type {schema.field(name).type}" for name in LABEL_COLUMNS if kinds.get(name, "") is None]
+        self.passed_over = [name for name in images if name != self.image] + labels[1:] + others
         self.classes = class_names(schema.metadata, self.label)
 
     def listing(self, num_rows):
@@ -61,17 +62,33 @@ class Columns:
         """(names, labels) of the rows of a table with `leaves`; rows are counted from `start` where they have none."""
         names = labels = [None] * len(table)
         if self.names:
-            names = field_of(table.column(self.image), "path").to_pylist()
+            names = of_each_value(name_of, field_of(table.column(self.image), "path"))
         if self.label:
-            labels = [self.label_of(value) for value in table.column(self.label).to_pylist()]
-        cleaned = [clean(os.fsencode(name)) if name else None for name in names]
+            labels = of_each_value(self.label_of, table.column(self.label))
         counted = [f"{stem}-{start + row:012d}".encode() for row in range(len(table))]
-        return [name or number for name, number in zip(cleaned, counted, strict=True)], labels
+        return [name or number for name, number in zip(names, counted, strict=True)], labels
 
     def label_of(self, value):
         if self.classes and type(value) is int:
             value = self.classes[value] if 0 <= value < len(self.classes) else None
         return label_text(value)
+
+
+def name_of(text):
+    """None for one that is none, or too long to stand in every row."""
+    name = clean(os.fsencode(text))
+    return name if name and len(name) <= LONGEST_NAME else None
+
+
+def of_each_value(function, column):
+    """[function(value) or None] of each row of a chunked column, each different value once: a text that stands in many
+    rows may be long, and stands once in the file."""
+    found = []
+    for chunk in column.chunks:
+        encoded = chunk if pyarrow().types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        values = [None if value is None else function(value) for value in encoded.dictionary.to_pylist()]
+        found += [None if index is None else values[index] for index in encoded.indices.to_pylist()]
+    return found
 
 
 def kind_of_column(types, type_):
@@ -121,8 +138,11 @@ class Parquet:
     has_folders, size_column = False, None
 
     def __init__(self, path):
-        self.file = pyarrow().parquet.ParquetFile(path, memory_map=True)
-        self.columns = Columns(self.file.schema_arrow)
+        parquet = pyarrow().parquet
+        with parquet.ParquetFile(path, memory_map=True) as opened:
+            metadata, self.columns = opened.metadata, Columns(opened.schema_arrow)
+        once = self.columns.leaves()  # a text that stands in many rows is then in memory as often as it is in the file
+        self.file = parquet.ParquetFile(path, memory_map=True, metadata=metadata, read_dictionary=once)
         self.group, self.start, self.batch = None, 0, None
 
     def read(self, place):
@@ -150,7 +170,8 @@ class Parquet:
         done = 0
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
-            if image_bytes(metadata.row_group(group), columns.leaf) > LARGEST_PAGE:
+            sizes = [column_bytes(metadata.row_group(group), leaf) for leaf in (columns.leaf, *columns.leaves())]
+            if max(sizes) > LARGEST_PAGE or max(sizes[1:], default=0) > LARGEST:
                 listing.passed[f"in row groups of more than {LARGEST_PAGE} bytes: write smaller ones"] += rows
                 done += rows
                 continue
@@ -165,7 +186,7 @@ class Parquet:
         return listing, ""
 
 
-def image_bytes(group, leaf):
+def column_bytes(group, leaf):
     chunks = [group.column(number) for number in range(group.num_columns)]
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == leaf)
 

@@ -28,7 +28,14 @@ from images.listing import (
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
-BARE = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: no content follows, whatever size they say
+BARE = (
+    b"1",
+    b"2",
+    b"3",
+    b"4",
+    b"5",
+    b"6",
+)  # links, devices, folders, pipes: no content follows
 OTHERS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "", b"6": "pipe", b"g": "", b"S": "sparse"}
 LONGEST_EXTRA = 2**20  # bytes of a header that extends the next one
 

@@ -18,16 +18,16 @@ import torch
 
 import benchmarks.shards
 import data
+import eval_knn
+import export_backbone
 import images.shards
 import images.tars
 import main_cplearn
 import pictures
-from checkpoint import load_checkpoint
 from images import BadImage, open_dataset, open_folder
 from images.workers import as_it_is
-from monitor import read_log
 from pictures import folder_args, make_args, picture, write
-from runs import flags, tensors
+from runs import assert_same_checkpoint, flags, logged
 from shards import FORMS, add, parquet, table_of, tars, webdataset, zipped
 from utils import UserError
 
@@ -73,28 +73,62 @@ def deep_folders(tmp_path_factory):
     return root
 
 
-def run_of(folder, output_dir):
-    """(tensors of the checkpoint, k-NN of each epoch) of a run of 3 steps."""
-    words = flags(folder, output_dir, epochs=1, in_chans=5, knn_every=1)
+def train(folder, output_dir, **changes):
+    """2 epochs of 3 steps."""
+    words = flags(folder, output_dir, epochs=2, in_chans=5, knn_every=1, log_every=1, **changes)
     main_cplearn.main([*words, "--value_range", "-1000", "1000"])
-    lines = [line for line in read_log(output_dir / "log.txt") if line["kind"] == "epoch"]
-    return tensors(load_checkpoint(output_dir / "checkpoint.pth")), [line["knn_top1"] for line in lines]
+
+
+def train_in_two_parts(folder, output_dir):
+    """Stopped in the middle of the second epoch, and gone on with by other processes."""
+    step, save = main_cplearn.train_one_step, main_cplearn.save
+
+    def stop(run, batches, at):
+        if at == 4:
+            save(run, at)
+            raise KeyboardInterrupt
+        return step(run, batches, at)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(main_cplearn, "train_one_step", stop)
+        train(folder, output_dir)
+    train(folder, output_dir, num_workers=2)
+
+
+def what_follows(folder, output_dir):
+    """(the rows of k-NN, the exported weights) of a run's checkpoint."""
+    path = str(output_dir / "checkpoint.pth")
+    common = ["--checkpoint", path, "--device", "cpu"]
+    images = ["--data_path", str(folder), "--num_workers", "0", "--nb_knn", "5", "20"]
+    eval_knn.main([*common, *images, "--output_dir", str(output_dir / "knn")])
+    export_backbone.main([*common, "--output_dir", str(output_dir / "out")])
+    rows = json.loads((output_dir / "knn" / "results_knn.json").read_text())["rows"]
+    return [row | {"checkpoint": None} for row in rows], (output_dir / "out" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def run_of_folder(deep_folders, tmp_path_factory):
-    return run_of(deep_folders, tmp_path_factory.mktemp("run"))
+    """(the folder of a run that was not stopped, what follows)"""
+    output_dir = tmp_path_factory.mktemp("run")
+    train(deep_folders, output_dir)
+    return output_dir, what_follows(deep_folders, output_dir)
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FORMS])
-def test_every_form_is_the_same_run_bit_for_bit(deep_folders, run_of_folder, tmp_path, form):
-    for split in ("train", "val"):
+@pytest.mark.parametrize(
+    "form", ["folder", *(pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FORMS)]
+)
+def test_every_form_trains_resumes_evaluates_and_exports_as_the_folder_bit_for_bit(
+    deep_folders, run_of_folder, tmp_path, form
+):
+    for split in ("train", "val") if form != "folder" else ():
         FORMS[form](deep_folders / split, tmp_path / "set" / split)
-    state, accuracy = run_of(tmp_path / "set", tmp_path / "run")
-    expected, expected_accuracy = run_of_folder
-    assert state.keys() == expected.keys() and len(state) > 50
-    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
-    assert accuracy == expected_accuracy and len(accuracy) == 1
+    images = deep_folders if form == "folder" else tmp_path / "set"
+    train_in_two_parts(images, tmp_path / "run")
+    whole, expected = run_of_folder
+    assert_same_checkpoint(tmp_path / "run" / "checkpoint.pth", whole / "checkpoint.pth")
+    assert logged(tmp_path / "run") == logged(whole)
+    assert [line["knn_top1"] for line in logged(whole) if line["kind"] == "epoch"] == [expected[0][-1]["top1"]] * 2
+    assert what_follows(images, tmp_path / "run") == expected
 
 
 def test_a_set_of_shards_goes_to_workers_which_open_a_few(class_folders, tmp_path, monkeypatch):

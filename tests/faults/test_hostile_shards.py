@@ -8,6 +8,7 @@ Names stay text, nothing is unpacked onto the disk, and memory is bounded by wha
 
 import io
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -243,6 +244,35 @@ def test_a_table_without_images_is_one_line(tmp_path, columns, words):
         open_folder(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("form", ["dictionary.parquet", "plain.parquet", "a.arrow"])
+def test_a_long_text_that_stands_in_many_rows_is_held_once(tmp_path, form):
+    """As a label and as a name: 16 MB in each of 4,000 rows, in a file of 33 MB; written out they would be 128 GB."""
+    (verdict,) = survey(open_texts, [str(tmp_path / form)])
+    assert verdict.text.startswith("4000 images without labels") and verdict.memory_mb < MOST_MEMORY_MB
+
+
+def open_texts(path):
+    """In a child process."""
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(4000, np.int32)), pa.array(["x" * 2**24]))
+    image = pa.StructArray.from_arrays([pa.array([png()] * 4000), rows], ["bytes", "path"])
+    if path.endswith(".arrow"):  # Hugging Face's paths are no dictionaries
+        table = pa.table({"image": pa.array([png()] * 4000), "label": rows})
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(pa.table({"image": image, "label": rows}), path, store_schema="dictionary" in path)
+    images = open_folder(path)
+    assert images.load(3999).shape == (3, 20, 24)
+    return images.summary
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.5], [[1], [2]]])
+def test_labels_that_are_no_classes_are_named(tmp_path, values):
+    pq.write_table(pa.table({"image": [png(), png(1)], "label": values}), tmp_path / "a.parquet")
+    images = open_folder(tmp_path / "a.parquet")
+    assert images.labels is None and re.search(r"passed over: column label of type .+ 2", images.summary)
+
+
 def test_a_row_without_bytes_is_a_bad_image(tmp_path):
     struct_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": png(), "path": None}, {"bytes": None, "path": "/etc/passwd"}]
@@ -271,6 +301,14 @@ def test_hdf5_without_its_data_set_or_with_it_elsewhere_is_one_line(tmp_path):
     refused("expected a data set images", images=h5py.SoftLink("/images"))
     refused(r"labels of shape \(3,\) beside 2 images", images=pixels, labels=[1, 2, 3])
     refused(r"images of shape \(2, 8\)", images=pixels[:, :, 0, 0])
+    for name, shape in (("classes", 10**9), ("labels", (2, 1)), ("names", 2)):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["images"] = pixels
+            kind = "S100000000" if name != "classes" else "i4"  # never written: 4 GB, or 200 MB, in a file of 4 KB
+            file.create_dataset(name, shape, kind, chunks=True if name == "classes" else None)
+            file["labels" if name == "classes" else "rest"] = [0, 1]
+        with pytest.raises(UserError, match=rf"{name} of shape .* bytes$"):
+            open_folder(tmp_path / "a.h5")
     layout = h5py.VirtualLayout((2, 8, 8, 3), np.uint8)
     layout[:] = h5py.VirtualSource(str(tmp_path / "elsewhere"), "images", (2, 8, 8, 3))
     with h5py.File(tmp_path / "a.h5", "w") as file:
