@@ -35,14 +35,27 @@ def write_checked(folder, form, card, model, device, checkpoint):
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        form.write(aside)
         (aside / "README.md").write_text(card)
+        write(aside, form, folder)
         check(aside, form, model.to(device), device, checkpoint)
         os.replace(aside, folder)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write(aside, form, folder):
+    """Raises OSError, and UserError for what the programs that write have instead of it."""
+    try:
+        form.write(aside)
+    except OSError:
+        raise
+    except Exception as error:  # of torch's, safetensors' and ONNX's writers
+        raise UserError(
+            f"--output_dir {folder}: the file for {form.program} cannot be written: {one_line(error)}; nothing was "
+            "exported"
+        ) from error
 
 
 @torch.no_grad()

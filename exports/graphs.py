@@ -7,6 +7,7 @@ written for CPUs, in float32.
 """
 
 import copy
+import io
 import sys
 import types
 import warnings
@@ -17,7 +18,7 @@ from torch.export import Dim
 
 from exports import input_channels
 from exports.timm_folder import write_config
-from utils import one_line
+from utils import UserError, one_line
 
 
 class Graph:
@@ -82,7 +83,9 @@ class TorchExport(Graph):
     program, needs = "torch.export.load", ("torch",)
 
     def write(self, folder):
-        torch.export.save(self.graph, folder / "model.pt2")
+        content = io.BytesIO()  # a file of torch's own that a full disk cuts short ends the process when it is closed
+        torch.export.save(self.graph, content)
+        (folder / "model.pt2").write_bytes(content.getbuffer())
         write_config(folder, self.config)
 
     def open(self, folder, device):
@@ -126,7 +129,12 @@ def trace(backbone, size, step):
     print(
         f"images of {size[0]} x {size[1]} px only: the graph of another size is another one ({reason})", file=sys.stderr
     )
-    return graph_of(backbone, images[..., : size[1]].contiguous(), {0: Dim("batch", min=1)}), False
+    try:
+        return graph_of(backbone, images[..., : size[1]].contiguous(), {0: Dim("batch", min=1)}), False
+    except Exception as error:
+        raise UserError(
+            f"torch.export makes no graph of this backbone ({one_line(error, 120)}); --format timm takes it"
+        ) from error
 
 
 def graph_of(backbone, images, dynamic):

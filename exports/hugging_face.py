@@ -35,7 +35,7 @@ class HuggingFace:
 
     def write(self, folder):
         state = {name: tensor.contiguous().clone() for name, tensor in tensors_of(self.backbone).items()}
-        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(state, {"format": "pt"}))
         write_json(folder / "config.json", config_of(self.backbone, self.kind) | self.beside)
         if self.processor:
             write_json(folder / "preprocessor_config.json", self.processor)

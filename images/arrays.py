@@ -20,10 +20,11 @@ import torch
 from PIL import Image, ImageSequence
 from torchvision.io import ImageReadMode, decode_png
 
-from images.decoding import BadImage, decode, has_deep_colour, open_header, orientation, without_harm
+from images.decoding import BadImage, decode, first_line, has_deep_colour, open_header, orientation, without_harm
 
 MOST_VALUES = Image.MAX_IMAGE_PIXELS  # 89 million, of all channels together: 4 bytes each as float32
 MOST_PAGES = 10_000
+LONGEST_HEADER = 2**16  # bytes of an .npy's, which NumPy reads to its end before it looks at it
 
 
 @dataclasses.dataclass
@@ -140,6 +141,10 @@ def read_npy(file):
     header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}.get(major)
     if header is None:
         raise BadImage(f"NumPy's format {major}, expected 1 or 2")
+    size = int.from_bytes(file.read(2 * major), "little")
+    if size > LONGEST_HEADER:
+        raise BadImage(f"declares a header of {size} bytes, more than {LONGEST_HEADER}")
+    file.seek(np.lib.format.MAGIC_LEN)
     shape, _, dtype = header(file)
     if dtype.kind not in "buif":
         raise BadImage(f"values of type {dtype}: expected whole numbers or floats")
@@ -149,7 +154,10 @@ def read_npy(file):
 
 
 def map_npy(path):
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise BadImage(f"no whole array of numbers: {first_line(error)}") from error
 
 
 def read_npz(content):

@@ -18,6 +18,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from utils import one_line
+
 
 class BadImage(Exception):
     """A file that is not a whole, readable image."""
@@ -246,4 +248,4 @@ def used_range(path):
 
 
 def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__

@@ -362,6 +362,8 @@ LIARS = {
     "npy whose header is code": lambda: lying_npy("__import__('os').abort()"),
     "npz bomb": lambda: zip_of("a.npy", lying_npy((1, 2**14, 2**14), "|u1", bytes(2**28))),
     "npz that lies of its size": lambda: zip_of("a.npy", npy(np.zeros((512, 512))), 1000),
+    "npz with a header of 2 GB": lambda: zip_of("a.npy", b"\x93NUMPY\2\0\0\0\0\x80" + bytes(2**26)),
+    "npy whose header is deep": lambda: lying_npy("(" * 400 + ")" * 400),
     "npz of another thing": lambda: zip_of("a.txt", b"hello"),
     "npz that is cut off": lambda: npz(image=values("int16"))[:-40],
     "tiff of 10^6 pages": lambda: many_pages(10**6),
@@ -391,7 +393,9 @@ def test_a_file_that_lies_is_a_bad_image(tmp_path, name, as_bytes):
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("name", ["npz bomb", "tiff bomb", "npy of 10^12", "dicom of 65535 x 65535"])
+@pytest.mark.parametrize(
+    "name", ["npz bomb", "npz with a header of 2 GB", "tiff bomb", "npy of 10^12", "dicom of 65535 x 65535"]
+)
 def test_what_a_file_declares_is_refused_before_room_is_made_for_it(name):
     content = LIARS[name]()
     tracemalloc.start()

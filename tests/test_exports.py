@@ -1,6 +1,7 @@
 """Exports for transformers, ONNX runtimes and torch alone, opened by these, against the checkpoint's features."""
 
 import json
+import resource
 import socket
 
 import numpy as np
@@ -23,6 +24,7 @@ from images import FolderImages
 from pictures import picture, write
 from pretrained import PretrainedModel, load_pretrained
 from test_export_backbone import export, fingerprint, images, ours, results
+from utils import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +242,39 @@ def test_a_damaged_export_is_noticed_and_nothing_of_it_left(kind, tmp_path, monk
         line = error_of(capsys, path, tmp_path / "out", "--format", kind)
         assert said in line and line.endswith("nothing was exported")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "checkpoint.pth"]
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf", *(pytest.param(k, marks=pytest.mark.slow) for k in ("onnx", "torch"))])
+def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(kind, tmp_path, capsys):
+    path, _ = vit(tmp_path / "checkpoint.pth")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        line = error_of(capsys, path, tmp_path / "out", "--format", kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == f"error: --output_dir {tmp_path / 'out'}: cannot be written: File too large"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_an_export_that_is_there_already_is_kept(kind, tmp_path, capsys):
+    """Whatever would become of the new one."""
+    path, _ = vit(tmp_path / "checkpoint.pth")
+    export(path, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "other.pth").write_bytes(b"no checkpoint")
+    for checkpoint in (path, tmp_path / "other.pth"):
+        assert "is there already" in error_of(capsys, checkpoint, tmp_path / "out", "--format", kind)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "other.pth", "out"]
+
+
+def test_a_backbone_of_which_torch_makes_no_graph_is_one_line(tmp_path):
+    backbone = OneSize()
+    backbone.forward = lambda x: OneSize.forward(backbone, x) * (1 if x.sum().item() > 0 else 2)
+    with pytest.raises(UserError, match=r"^torch\.export makes no graph of this backbone .*--format timm takes it$"):
+        TorchExport(PretrainedModel(backbone, settings={}), {"pretrained_cfg": {"input_size": [3, 8, 8]}})
 
 
 def test_resnets_are_opened_again_too(tmp_path, monkeypatch, capsys):

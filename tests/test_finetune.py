@@ -15,7 +15,7 @@ import eval_linear
 from backbones import build_backbone
 from evaluation import finetune, summary
 from images import open_dataset
-from pictures import make_args
+from pictures import make_args, write
 from pretrained import load_pretrained
 from test_eval_linear import NUM_CLASSES, assert_one_line, flags, flattened, folder, main_in_group, results  # noqa: F401
 
@@ -71,6 +71,63 @@ def test_training_is_adamw_with_layer_decay_written_out(small, tmp_path):
         # of a parameter without gradient (keys' bias) Adam takes the sign of rounding errors
         rows = slice(None) if not name.endswith("qkv.bias") else slice(256, None)
         torch.testing.assert_close(value[rows], expected[name].detach()[rows], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_the_default_rates_are_those_of_mae_s_recipe(small, monkeypatch):
+    """Of every parameter at every step of 60 epochs: 5 of linear warm-up, then a cosine; 0.75 per layer; weight decay
+    of matrices alone. Adam's settings are Table 9's."""
+    rates, adam = [], []
+
+    def record(run, loader, labels):
+        adam[:] = [run.optimizer.defaults["betas"], run.args.drop_path_rate, run.mix, run.args.label_smoothing]
+        for step in range(run.epoch * loader.steps_per_epoch, (run.epoch + 1) * loader.steps_per_epoch):
+            run.set_schedule(step)
+            groups = run.optimizer.param_groups
+            rates.append({name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]})
+        return 0.0
+
+    monkeypatch.setattr(finetune, "train_one_epoch", record)
+    given = ["--protocol", "finetune", "--batch_size_per_gpu", 20, "--epochs", 60, "--val_freq", 60]
+    eval_linear.main(flags(small, *given, model="mini.pth"))
+    steps, warmup, peak = 180, 15, 5e-4 * 20 / 256
+    assert len(rates) == steps
+    for step, found in enumerate(rates):
+        after = 1e-6 + (peak - 1e-6) * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup))) / 2
+        rate = peak * step / (warmup - 1) if step < warmup else after
+        for name, (lr, weight_decay) in found.items():
+            name = name.removeprefix("backbone.")
+            layer = 5 if name.startswith(("head.", "norm.")) else int(name.split(".")[1]) + 1 if "blocks" in name else 0
+            assert lr == pytest.approx(rate * 0.75 ** (5 - layer), rel=1e-9, abs=1e-15)
+            is_matrix = name.endswith("weight") and "norm" not in name
+            assert weight_decay == (0.05 if is_matrix else 0.0), name
+    names = {f"backbone.{n}" for n, _ in build_backbone("vit_mini", 16, 8).named_parameters()}
+    assert set(rates[0]) == names | {"head.weight", "head.bias"}
+    betas, drop_path, mix, smoothing = adam
+    assert (betas, drop_path, smoothing) == ((0.9, 0.999), None, 0.1)
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.label_smoothing, mix.mix_prob) == (0.8, 1.0, 0.1, 1.0)
+
+
+@pytest.mark.slow
+def test_fine_tuning_learns_what_a_linear_probe_of_the_same_weights_cannot(tmp_path):
+    """Stripes of any phase, upright or lying: no pixel alone tells the class, and of a random network few features."""
+    for split, count in (("train", 640), ("val", 160)):
+        for i in range(count):
+            rng = np.random.default_rng((count, i))
+            waves = np.sin(2 * np.pi * (np.arange(16) / rng.uniform(3, 6) + rng.random()))
+            stripes = np.broadcast_to(waves[:, None] if i % 2 else waves, (16, 16))
+            pixels = 128 + 60 * stripes[..., None] + rng.normal(0, 25, (16, 16, 3))
+            write(tmp_path / "images" / split / f"class{i % 2}" / f"{i}.png", pixels.clip(0, 255).astype(np.uint8))
+    torch.manual_seed(0)
+    args = {"arch": "vit_mini", "patch_size": 8, "img_size": 16, "in_chans": 3, "dataset": "imagefolder"}
+    args |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.save(
+        {"model": build_backbone("vit_mini", 16, 8).state_dict(), "args": args}, tmp_path / "images" / "mini.pth"
+    )
+    eval_linear.main(flags(tmp_path / "images", "--output_dir", tmp_path / "linear", model="mini.pth"))
+    eval_linear.main(words(tmp_path / "images", tmp_path / "tuned", "--lr", 0.01, epochs=25, batch=32))
+    (probe,), (tuned,) = results(tmp_path / "linear"), results(tmp_path / "tuned", "finetune")
+    print(f"linear {probe['top1']:.1f} %, fine-tuned {tuned['top1']:.1f} %")
+    assert probe["top1"] + 10 < tuned["top1"] > 90
 
 
 def test_a_resumed_run_is_the_undisturbed_one(small, tmp_path, monkeypatch):

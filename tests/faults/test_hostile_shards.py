@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import struct
 import tarfile
 import tempfile
@@ -65,8 +66,6 @@ def damaged():
     """{name: (ending, content)}"""
     found = {}
     for form, content in originals().items():
-        if form == "hdf5":  # libhdf5 took 3 GB, or did not end, on 3 of 42: docs/data.md says so
-            continue
         regions = ((0.0, 1.0), (0.9, 1.0), (0.0, 0.1))  # directories lie at the end, headers at the start
         for name, bad in mutants(content, MUTANTS_PER_FORM, form, regions):
             found[f"{form}: {name}"] = ENDINGS[form], bad
@@ -77,11 +76,23 @@ def damaged():
 
 @pytest.mark.parametrize("most", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_damaged_shard_is_a_set_or_one_line(tmp_path, most):
-    cases = [(str(tmp_path), name) for name in drawn(damaged(), most)]
+    names = [name for name in damaged() if not name.startswith("hdf5: ")]
+    cases = [(str(tmp_path), name) for name in drawn(names, most)]
     verdicts = survey(open_and_load, cases)
     largest = max(verdict.memory_mb for verdict in verdicts)
     print(f"{len(verdicts)} opened, {sum(v.outcome == 'worked' for v in verdicts)} sets; at most {largest:.0f} MB")
     assert_no_faults(verdicts, MOST_MEMORY_MB)
+
+
+@pytest.mark.slow
+def test_damaged_hdf5_is_a_set_or_one_line_as_far_as_its_library_goes(tmp_path):
+    """libhdf5 takes 2 GB for one of these files, and does not end with two, as docs/data.md says: no other fault is
+    known, and no more of these."""
+    names = [name for name in damaged() if name.startswith("hdf5: ")]
+    verdicts = survey(open_and_load, [(str(tmp_path), name) for name in names], seconds=20)
+    known = [v for v in verdicts if v.memory_mb > MOST_MEMORY_MB or v.text.endswith(f"exit code -{signal.SIGALRM}")]
+    assert len(verdicts) == MUTANTS_PER_FORM and len(known) <= 3
+    assert_no_faults([verdict for verdict in verdicts if verdict not in known], MOST_MEMORY_MB)
 
 
 def open_and_load(case):
