@@ -350,7 +350,7 @@ class ShardImages(ImageSet):
         self.kind, self.files, self.shards, self.places = kind, files, shards, places
         self.names, self.labels, self.classes = Names(names), labels, classes
         self.reading, self.remarks = reading, list(remarks)
-        self.roots, self.num_files = tuple(files), len(files)
+        self.roots, self.num_files = tuple(map(os.fsencode, files)), len(files)
         self.opened = Opened(kind, files)
 
     @functools.cached_property

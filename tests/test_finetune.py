@@ -115,7 +115,7 @@ def test_fine_tuning_learns_what_a_linear_probe_of_the_same_weights_cannot(tmp_p
             rng = np.random.default_rng((count, i))
             waves = np.sin(2 * np.pi * (np.arange(16) / rng.uniform(3, 6) + rng.random()))
             stripes = np.broadcast_to(waves[:, None] if i % 2 else waves, (16, 16))
-            pixels = 128 + 60 * stripes[..., None] + rng.normal(0, 25, (16, 16, 3))
+            pixels = 128 + 40 * stripes[..., None] + rng.normal(0, 70, (16, 16, 3))
             write(tmp_path / "images" / split / f"class{i % 2}" / f"{i}.png", pixels.clip(0, 255).astype(np.uint8))
     torch.manual_seed(0)
     args = {"arch": "vit_mini", "patch_size": 8, "img_size": 16, "in_chans": 3, "dataset": "imagefolder"}

@@ -20,6 +20,7 @@ import benchmarks.shards
 import data
 import eval_knn
 import export_backbone
+import extract_features
 import images.shards
 import images.tars
 import main_cplearn
@@ -96,14 +97,17 @@ def train_in_two_parts(folder, output_dir):
 
 
 def what_follows(folder, output_dir):
-    """(the rows of k-NN, the exported weights) of a run's checkpoint."""
-    path = str(output_dir / "checkpoint.pth")
-    common = ["--checkpoint", path, "--device", "cpu"]
-    images = ["--data_path", str(folder), "--num_workers", "0", "--nb_knn", "5", "20"]
-    eval_knn.main([*common, *images, "--output_dir", str(output_dir / "knn")])
+    """(the rows of k-NN, features in a file, the exported weights) of a run's checkpoint."""
+    common = ["--checkpoint", str(output_dir / "checkpoint.pth"), "--device", "cpu"]
+    images = ["--data_path", str(folder), "--num_workers", "0"]
+    knn = ["--nb_knn", "5", "20", "--features_dir", str(output_dir / "kept"), "--output_dir", str(output_dir / "knn")]
+    for _ in range(2):  # the features are computed, then read
+        eval_knn.main([*common, *images, *knn])
+    extract_features.main([*common, *images, "--output_dir", str(output_dir / "features")])
     export_backbone.main([*common, "--output_dir", str(output_dir / "out")])
     rows = json.loads((output_dir / "knn" / "results_knn.json").read_text())["rows"]
-    return [row | {"checkpoint": None} for row in rows], (output_dir / "out" / "model.safetensors").read_bytes()
+    files = [output_dir / "features" / "cls.npy", output_dir / "out" / "model.safetensors"]
+    return [row | {"checkpoint": None} for row in rows], *(file.read_bytes() for file in files)
 
 
 @pytest.fixture(scope="module")
