@@ -578,10 +578,10 @@ def _other_positions(args, backbone):
 
 
 def _other_pixels(args, settings):
-    """In words, where the file says that its pixels were normalised otherwise than the run's."""
-    then = [(name, settings[name], getattr(args, name)) for name in ("mean", "std")]
+    """In words, where the file says that its pixels were scaled or normalised otherwise than the run's."""
+    then = [(name, settings[name], getattr(args, name) or ()) for name in ("mean", "std", "value_range")]
     differ = [(name, old, new) for name, old, new in then if old is not None and list(old) != list(new)]
-    return [f"--{name} is {_numbers(new)}, the file's {_numbers(old)}" for name, old, new in differ]
+    return [f"--{name} is {_numbers(new) or 'not given'}, the file's {_numbers(old)}" for name, old, new in differ]
 
 
 def _numbers(values):

@@ -29,6 +29,7 @@ from augmentation import make_crop_recipe
 from batch_norm import convert_sync_batchnorm
 from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
 from optimizer import lr_scales, parameter_groups
+from pretrained import FROM_CHECKPOINT
 from utils import PRECISIONS, RunFailed, UserError
 
 DEFAULTS = {
@@ -197,7 +198,8 @@ class FinetuneRun(ClassifierRun):
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "args": {name: value for name, value in self.evaluated.model.settings.items() if name in OF_A_BACKBONE},
+            "args": {name: self.evaluated.model.settings[name] for name in OF_A_BACKBONE}
+            | {name: getattr(self.args, name) for name in FROM_CHECKPOINT},
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
             "settings": self.settings,
@@ -213,7 +215,7 @@ class FinetuneRun(ClassifierRun):
                 raise ValueError(f"its moments are not of the shape {tuple(parameter.shape)}")
 
 
-OF_A_BACKBONE = ("arch", "patch_size", "img_size", "in_chans", "num_heads", "mean", "std", "dataset")
+OF_A_BACKBONE = ("arch", "patch_size", "num_heads", "dataset")
 
 
 def set_drop_path(backbone, rate):

@@ -161,6 +161,15 @@ def test_a_resumed_run_is_the_undisturbed_one(small, tmp_path, monkeypatch):
     assert [model["weights"] for model in described.values()] == [whole["settings"]["backbone"]]  # not the fine-tuned
 
 
+def test_how_images_were_read_stays_with_the_weights(small, tmp_path):
+    """As the flags had it, not as the file that was fine-tuned says."""
+    given = ["--value_range", 0, 4095, "--float_pixels", "--img_size", 24, "--std", 0.3, 0.3, 0.3]
+    eval_linear.main(words(small, tmp_path, *given, epochs=1))
+    settings = load_pretrained(tmp_path / "finetuned.pth").settings
+    found = [settings[name] for name in ("value_range", "float_pixels", "img_size", "std", "mean", "arch")]
+    assert found == [[0, 4095], True, 24, [0.3] * 3, [0.5] * 3, "vit_mini"]
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_with_their_joined_batch(small, tmp_path, run_in_processes):
     eval_linear.main(words(small, tmp_path / "one", *PLAIN))

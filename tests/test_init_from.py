@@ -268,6 +268,15 @@ def test_positions_of_another_grid_are_said(folder, tmp_path, capsys):
     assert "changed: positions of 4x4 patches, interpolated (bicubic) to 8x8 in each pass" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("given", "words"), [(None, "not given"), ("0 255", "0 255"), ("0 4095", None)])
+def test_another_range_of_values_is_said(given, words, folder, tmp_path, capsys):
+    content, _ = ours()
+    torch.save(content | {"args": content["args"] | {"value_range": [0, 4095]}}, tmp_path / "ours.pth")
+    started(folder, tmp_path / "run", init_from=tmp_path / "ours.pth", value_range=given)
+    assert ("--value_range is" in (said := capsys.readouterr().out)) == (words is not None)
+    assert words is None or f"--value_range is {words}, the file's 0 4095" in said
+
+
 # ---- a run that goes on ----------------------------------------------------------------------------------------------
 
 
