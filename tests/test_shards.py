@@ -26,6 +26,7 @@ import images.tars
 import main_cplearn
 import pictures
 from images import BadImage, open_dataset, open_folder
+from images.reading import Reading
 from images.workers import as_it_is
 from pictures import folder_args, make_args, picture, write
 from runs import assert_same_checkpoint, flags, logged
@@ -220,6 +221,30 @@ def test_groups_of_hdf5_are_splits_and_arrays_are_images(tmp_path):
     assert len(open_folder(tmp_path / "a.h5", "val")) == 2
 
 
+@pytest.mark.parametrize("order", ["NHWC", "NCHW"])
+def test_arrays_of_hdf5_are_the_images_of_a_folder_whatever_their_type(tmp_path, order):
+    """5 channels of signed 16 bits, as a file of arrays and as a TIFF for each."""
+    import h5py
+
+    pixels = np.random.default_rng(0).integers(-1500, 1500, (6, 20, 24, 5), np.int16)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "folder" / f"class{number % 2}" / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, image, photometric="minisblack", planarconfig="contig")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = pixels if order == "NHWC" else pixels.transpose(0, 3, 1, 2)
+        file["labels"], file["classes"] = np.arange(6) % 2, ["class0", "class1"]
+    reading = Reading((-1000, 1000), channels=5)
+    found, expected = (
+        open_folder(tmp_path / "a.h5", "train", reading),
+        open_folder(tmp_path / "folder", "train", reading),
+    )
+    assert found.classes == expected.classes and np.array_equal(found.labels, expected.labels)
+    for number in range(6):
+        assert torch.equal(found.load(number, 5), expected.load(number, 5))
+    assert found.load(0, 5).min() == 0 and found.load(0, 5).max() == 255
+
+
 def test_shards_without_validation_images_say_so(class_folders, tmp_path):
     tars(class_folders, tmp_path / "tars")
     for path in (tmp_path / "tars", tmp_path / "tars" / "shard-000.tar"):
@@ -372,9 +397,12 @@ def test_many_make_one_index_at_once(class_folders, tmp_path):
 # Damage
 
 
-@pytest.mark.parametrize("form", ["tars", "parquet", "datasets"])
+@pytest.mark.parametrize("form", ["tars", "parquet", "datasets", "zip", "hdf5"])
 def test_a_broken_shard_is_named_and_ends_nothing(class_folders, tmp_path, form):
     folder = FORMS[form](class_folders, tmp_path / "set")
+    if folder.is_file():  # one of two
+        shutil.copy(folder, folder.with_stem("second"))
+        folder = folder.parent
     whole = len(open_folder(folder))
     path = sorted(path for path in folder.rglob("*") if path.suffix in images.shards.KINDS)[0]
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
