@@ -26,9 +26,9 @@ from monitor import plot_views
 from objective import features_of_views
 from optimizer import rests, steps_at_rest
 from utils import (
-    PRECISIONS,
     RunFailed,
     UserError,
+    autocast,
     rank,
     reaching_peers,
     seed_everything,
@@ -65,7 +65,7 @@ def first_pass(run, batches, step, m):
     if step == m == 0 and rank() == 0:
         with run.log.going_on("views.png"):
             plot_views(views, run.args.mean, run.args.std, Path(run.args.output_dir) / "views.png")
-    with torch.no_grad(), autocast(views, run.args.precision):
+    with torch.no_grad(), autocast(views[0].device, run.args.precision):
         generator = draws(run, step, rank() * len(batches) + m)
         kept = run.model.objective.prepare(run.model.backbone, views, generator)
     with torch.set_grad_enabled(with_graph), averaging(run.first_half, len(batches) == 1):
@@ -158,14 +158,9 @@ class FirstHalf(nn.Module):
 
     def forward(self, views, kept=()):
         """Views V x (B, C, h, w) and what `prepare` gave -> the objective's rows, in float32 at least."""
-        with autocast(views, self.precision):
+        with autocast(views[0].device, self.precision):
             rows = self.embed(self.backbone, views, kept)
         return [row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows]
-
-
-def autocast(views, precision):
-    dtype = PRECISIONS[precision]
-    return torch.autocast(views[0].device.type, dtype, enabled=dtype is not None)
 
 
 def wrap(half, device):
@@ -191,7 +186,7 @@ def pass_through(backbone, args, recipe, batch_size, memory_format, device):
         for group in recipe.view_groups()
         for _ in group.views
     ]
-    with autocast(views, args.precision):
+    with autocast(views[0].device, args.precision):
         features = features_of_views(backbone, views)
     torch.stack(features).sum().backward()
 

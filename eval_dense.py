@@ -24,13 +24,13 @@ import evaluation
 import utils
 from evaluation import dense
 from evaluation.clustering import kmeans
-from evaluation.gallery import as_thumbnail, label_text
+from evaluation.gallery import label_text, thumbnail
 from evaluation.knn import choose_search, knn_classify
 from evaluation.linear_probe import fit_selected
 from evaluation.patches import WithPatches
-from images import BadImage, reading_of
+from images import reading_of
 from running.watch import Watch
-from utils import PRECISIONS, UserError
+from utils import UserError
 
 COLUMNS = {
     "checkpoint": ("checkpoint", ""),
@@ -111,11 +111,8 @@ def seers(models, args):
 @torch.no_grad()
 def grid_of(seer, args):
     """(r, c); raises UserError where the network takes no images of this size."""
-    try:
+    with evaluation.trying_size(args.img_size, "has no patches of such images"):
         return seer(torch.zeros(1, args.in_chans, args.img_size, args.img_size))[1].shape[1:3]
-    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
-        reason = utils.one_line(error)
-        raise UserError(f"--img_size {args.img_size}: the network has no patches of such images: {reason}") from error
 
 
 class PixelPatches(nn.Module):
@@ -136,12 +133,10 @@ class PixelPatches(nn.Module):
 @torch.no_grad()
 def patches_of(seer, images, device, precision):
     """float32 (B, r, c, D), on CPU."""
-    dtype = PRECISIONS[precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with utils.autocast(device, precision):
         patches = seer(images)[1]
     patches = patches.float().cpu()
-    if not torch.isfinite(patches).all():
-        raise UserError("the patch features hold NaN or infinity: did its training diverge? try --precision fp32")
+    evaluation.check_finite(torch.isfinite(patches), "the patch features")
     return patches
 
 
@@ -244,7 +239,7 @@ def draw(evaluated, seer, val, methods, args):
     for row, index in enumerate(indices):
         shape = masks[row].shape
         grids = [segmented[name][row] for name in methods]
-        pictures = [thumbnail_of(val, index), colours_of(masks[row])]
+        pictures = [thumbnail(val, index), colours_of(masks[row])]
         pictures += [colours_of(dense.spread(grid, shape)) for grid in [*grids, clusters[row] + 1]]
         for axis, picture, title in zip(axes[row], pictures, titles, strict=True):
             axis.imshow(picture, extent=(0, shape[1], shape[0], 0))
@@ -254,13 +249,6 @@ def draw(evaluated, seer, val, methods, args):
     figure.suptitle(label_text(evaluated.name, 100), fontsize=9)
     figure.savefig(f"{args.output_dir}/dense_{evaluated.stem}.png", bbox_inches="tight")
     plt.close(figure)
-
-
-def thumbnail_of(images, index):
-    try:
-        return as_thumbnail(images.load(index, images.channels))
-    except BadImage as error:
-        raise UserError(f"cannot read {images.name(index)}: {error}") from error
 
 
 def colours_of(labels):

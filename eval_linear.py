@@ -33,16 +33,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
-import data
 import evaluation
 import utils
-from augmentation import make_crop_recipe
-from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
+from evaluation.classifier_runs import ClassifierRun, crop_loader, folder_of, mean_loss, score_images
 from evaluation.finetune import DEFAULTS, add_finetune_arguments, check_finetune_arguments, finetune
 from evaluation.linear_probe import (
     EPOCHS,
@@ -56,7 +53,7 @@ from evaluation.linear_probe import (
     predict,
     scores,
 )
-from utils import PRECISIONS, UserError
+from utils import UserError
 from vision_transformer import VisionTransformer
 
 # what each protocol takes, and its defaults
@@ -275,22 +272,12 @@ def train_with_crops(evaluated, train_images, val_images, models):
     does. Raises UserError where those that are there are of a run with other settings.
     Returns a row of the table, and the ranked classes of the validation images.
     """
-    args, labels = evaluated.args, torch.as_tensor(train_images.labels)
+    args = evaluated.args
     run = HeadRun(evaluated, folder_of(evaluated, models), count_labels(args, val_images), train_images.fingerprint)
     run.resume()
-    loader = data.TrainLoader(
-        train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
-    )
+    loader = crop_loader(evaluated, train_images)
     evaluated.on_device()
-    ranked = None
-    while run.epoch < args.epochs:
-        line = {"epoch": run.epoch, "train_lr": run.lr(), "train_loss": train_one_epoch(run, loader, labels)}
-        if run.epoch % args.val_freq == 0 or run.epoch == args.epochs - 1:
-            ranked, loss = run.score(val_images)
-            line |= log_scores(ranked, loss, val_images)
-        run.finish_epoch(line)
-    if ranked is None:  # nothing was left to train
-        ranked, _ = run.score(val_images)
+    ranked = run.train(loader, torch.as_tensor(train_images.labels), val_images, train_one_epoch)
     evaluated.model.cpu()  # room for the next one
     row = {
         "num_features": evaluated.model.embed_dim,
@@ -302,7 +289,7 @@ def train_with_crops(evaluated, train_images, val_images, models):
 
 
 def train_one_epoch(run, loader, labels):
-    """Returns the mean loss of the epoch's images, over all processes, in nats."""
+    """Returns {"train_lr", "train_loss": `mean_loss`}."""
     device, total = run.evaluated.device, 0.0
     for batch in loader.epoch(run.epoch, end=run.args.epochs * loader.steps_per_epoch):
         (images,) = loader.augment(batch, device)  # (B, C, h, w)
@@ -314,16 +301,12 @@ def train_one_epoch(run, loader, labels):
             parameter.grad = utils.all_reduce_mean(parameter.grad)
         run.optimizer.step()
         total += loss.detach()
-    num_bad = torch.tensor(loader.num_bad_images)
-    dist.all_reduce(num_bad)
-    loader.check_bad_images(int(num_bad))
-    return float(utils.all_reduce_mean(total / loader.steps_per_epoch))
+    return {"train_lr": run.lr(), "train_loss": mean_loss(loader, total)}
 
 
 @torch.no_grad()
 def forward_frozen(evaluated, images):
-    dtype = PRECISIONS[evaluated.args.precision]
-    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+    with utils.autocast(images.device, evaluated.args.precision):
         return evaluated.model(images).float()
 
 
@@ -333,19 +316,15 @@ class HeadRun(ClassifierRun):
     KEPT, LOG = KEPT, LOG
 
     def __init__(self, evaluated, folder, num_labels, images):
-        super().__init__(evaluated, folder)
+        names = ("epochs", "lr", "seed", "n_last_blocks", "avgpool_patchtokens", "precision", "img_size", "in_chans")
+        super().__init__(evaluated, folder, names, num_labels, images)
         args = self.args
         self.head = new_head(evaluated.model.embed_dim, num_labels, args.seed).to(evaluated.device)
-        images_per_step = args.batch_size * utils.world_size()
-        self.optimizer = torch.optim.SGD(self.head.parameters(), args.lr * images_per_step / 256, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.head.parameters(), args.lr * self.images_per_step / 256, momentum=0.9)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
-        names = ("epochs", "lr", "seed", "n_last_blocks", "avgpool_patchtokens", "precision", "img_size", "in_chans")
-        self.settings = {name: getattr(args, name) for name in names}
-        self.settings |= {"images per step": images_per_step, "num_labels": num_labels, "images": images}
-        self.settings["backbone"] = evaluation.fingerprint(evaluated.model)
 
-    def lr(self):
-        return self.optimizer.param_groups[0]["lr"]
+    def is_tested(self):
+        return self.epoch % self.args.val_freq == 0  # the first, as DINO
 
     def score(self, images):
         return score_images(self.evaluated, head_on(self.evaluated, self.head), self.head.out_features, images)

@@ -29,11 +29,11 @@ import pretrained
 import utils
 from cplearn_head import CPLearnHead
 from evaluation import feature_files, gallery
-from evaluation.knn import choose_search
+from evaluation.knn import choose_search, largest
 from evaluation.patches import WithPatches
 from images import BadImage
 from running.watch import Watch
-from utils import PRECISIONS, UserError
+from utils import UserError
 
 KINDS = ("cls", "patches", "average", "embeddings", "codes")
 BLOCK_BYTES, BLOCK_BATCHES = 2**26, 16  # a block is written at once: so many batches, or as many as these bytes hold
@@ -133,17 +133,14 @@ class Maker:
     def columns(self):
         """{kind: (shape of an image's, dtype)}; raises UserError where the network takes no images of this size."""
         size = self.args.img_size
-        try:
+        with evaluation.trying_size(size, "takes no such images"):
             made = self(torch.zeros(1, self.args.in_chans, size, size, device=self.device))
-        except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
-            raise UserError(f"--img_size {size}: the network takes no such images: {utils.one_line(error)}") from error
         return {kind: (array.shape[1:], array.dtype) for kind, array in made.items()}
 
     @torch.no_grad()
     def __call__(self, images):
         """{kind: array (B, ...)}"""
-        dtype = PRECISIONS[self.args.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with utils.autocast(self.device, self.args.precision):
             cls, patches = (self.model(images), None) if self.seer is None else self.seer(images)
         made = {"cls": cls.float()}
         if patches is not None:
@@ -152,16 +149,9 @@ class Maker:
             made["embeddings"] = self.model.head(made["cls"]).float()
         if "codes" in self.kinds:
             made["codes"] = self.model.assign_features(made["cls"])
-        if not all(torch.isfinite(made[kind]).all() for kind in self.kinds):
-            raise UserError("the features hold NaN or infinity: did its training diverge? try --precision fp32")
+        for kind in self.kinds:
+            evaluation.check_finite(torch.isfinite(made[kind]), "the features")
         return {kind: made[kind].cpu().numpy() for kind in self.kinds}
-
-    def batches(self, images, indices):
-        args = self.args
-        return data.eval_batches(
-            images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size, num_workers=args.num_workers,
-            indices=indices, device=self.device,
-        )  # fmt: skip
 
 
 # ---- all images ------------------------------------------------------------------------------------------------------
@@ -178,7 +168,7 @@ def extract(folder, maker):
     indices = np.concatenate([np.zeros(0, np.int64), *(np.asarray(folder.rows_of(block)) for block in mine)])
     with Watch((), evaluation.PATIENCE_S, unit="batch") as watch:
         made = []
-        for rows, pixels in watch.over(maker.batches(images, indices)):
+        for rows, pixels in watch.over(maker.evaluated.batches(images, indices=indices)):
             made.append(maker(pixels))
             block = rows[-1] // folder.block_size
             if rows[-1] == folder.rows_of(block)[-1]:
@@ -249,9 +239,7 @@ def nearest(folder, query, k, search):
     cosines, rows = torch.empty(1, 0), torch.empty(1, 0, dtype=torch.int64)
     for first, features in folder.read("cls"):
         found, places = search(torch.from_numpy(features.copy()))(query, min(k, len(features)))
-        cosines, rows = torch.cat([cosines, found], dim=1), torch.cat([rows, places + first], dim=1)
-        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        rows = rows.gather(1, order)
+        cosines, rows = largest(cosines, rows, found, places + first, k)
     return cosines[0].tolist(), rows[0].tolist()
 
 

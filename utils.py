@@ -574,6 +574,12 @@ def choose_precision(precision, device):
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
+def autocast(device, precision):
+    """The context in which a network's forward pass has the precision, a name of `PRECISIONS`; fp32: as it is."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def cpu_has_bf16():
     """Whether oneDNN multiplies bf16 on this CPU. Its operator is private: builds without oneDNN do not have it."""
     ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if torch.backends.mkldnn.is_available() else None

@@ -164,8 +164,7 @@ def see(backbone, path, image, args, device):
     size = size_in_patches(image.shape[1:], backbone.patch_size, args.image_size)
     image = augmentation.resize(image, size)
     x = augmentation.normalize(image[None].to(device) / 255, args.mean, args.std)
-    dtype = utils.PRECISIONS[args.precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with utils.autocast(device, args.precision):
         attention, tokens = attention_and_tokens(backbone, x)
     pixels = monitor.as_picture(image).permute(1, 2, 0).round().byte().numpy()
     return SeenImage(path, pixels, attention[0].float().cpu().numpy(), tokens[0].float().cpu())

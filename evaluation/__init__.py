@@ -41,7 +41,7 @@ from backbones import lay_out
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel, split_key
 from running.watch import Watch
-from utils import PRECISIONS, UserError
+from utils import UserError
 
 PATIENCE_S = 600  # a process that waits longer than that for one batch shows where and ends
 RANKED = 5  # classes that a prediction names, for top-5
@@ -126,17 +126,21 @@ class EvaluatedModel:
             lay_out(model, self.device)
         return model
 
-    def _compute(self, images):
+    def batches(self, images, **which):
+        """`data.eval_batches` of images as this model was trained to see them. which: rank and world_size, whose share
+        they are, or indices; by default all."""
         args = self.args
-        batches = data.eval_batches(
-            images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
-            rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
-            device=self.device,
+        return data.eval_batches(
+            images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size, num_workers=args.num_workers,
+            device=self.device, **which,
         )  # fmt: skip
+
+    def _compute(self, images):
+        batches = self.batches(images, rank=utils.rank(), world_size=utils.world_size())
         model = self.on_device()
         with Watch((), PATIENCE_S, unit="batch") as watch:
             batches = watch.over(batches)
-            found = extract_features(model, batches, len(images), self.device, args.precision, self.name)
+            found = extract_features(model, batches, len(images), self.device, self.args.precision, self.name)
         self.model.cpu()  # room for the next one
         return found
 
@@ -443,7 +447,6 @@ def extract_features(model, batches, num_samples, device, precision="fp32", titl
     Raises ValueError where an index never comes, UserError where a feature is NaN or infinite.
     Memory: N x D x 4 bytes per process.
     """
-    dtype = PRECISIONS[precision]
     has_codes = isinstance(model, PretrainedModel) and model.head is not None
     codes = torch.zeros(num_samples, dtype=torch.int64) if has_codes else None
     features = torch.zeros(num_samples, 0)  # D is known with the first batch
@@ -453,7 +456,7 @@ def extract_features(model, batches, num_samples, device, precision="fp32", titl
     shown = title is not None and utils.rank() == 0 and sys.stderr.isatty()
     progress = tqdm(total=num_samples, desc=title, unit="image", disable=not shown, leave=False)
     for indices, images in batches:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with utils.autocast(device, precision):
             outputs = model(images.to(device, non_blocking=True))
         outputs = outputs.float()
         if features.shape[1] == 0:
@@ -468,10 +471,24 @@ def extract_features(model, batches, num_samples, device, precision="fp32", titl
     model.train(was_training)
     features, codes = _gather(features, codes, owner)
     # a row's sum is finite only if all of it is; isfinite(features) would make a second copy of them
-    if not torch.isfinite(features.sum(dim=1)).all():
-        whose = f"the features of {title}" if title else "the features"
-        raise UserError(f"{whose} hold NaN or infinity: did its training diverge? try --precision fp32")
+    check_finite(torch.isfinite(features.sum(dim=1)), f"the features of {title}" if title else "the features")
     return features, codes
+
+
+def check_finite(finite, whose):
+    """finite: bool tensor.  whose: the subject of the sentence. Raises UserError where not all are."""
+    if not finite.all():
+        raise UserError(f"{whose} hold NaN or infinity: did its training diverge? try --precision fp32")
+
+
+@contextlib.contextmanager
+def trying_size(img_size, refusal):
+    """Inside a network sees an image of a size for the first time: what it raises becomes a UserError. refusal: what
+    the sentence says of the network."""
+    try:
+        yield
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:
+        raise UserError(f"--img_size {img_size}: the network {refusal}: {utils.one_line(error)}") from error
 
 
 def _gather(features, codes, owner):

@@ -1,8 +1,9 @@
 """A classifier that learns from images, epoch by epoch: what is kept after each, how it goes on, how it is tested.
 
+    loader = crop_loader(evaluated, train_images)
     run = SomeRun(evaluated, folder, ...)       # a ClassifierRun: .settings are what must be the same to go on
     run.resume()                                # where the folder's run was, if there is one
-    run.finish_epoch(line)                      # printed, logged and kept
+    ranked = run.train(loader, labels, images, train_one_epoch)     # each epoch is printed, logged and kept
     ranked, loss = score_images(evaluated, classify, num_labels, images)
 
 Shapes: N images, b of a batch.
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import utils
-from evaluation import RANKED
+from augmentation import make_crop_recipe
+from evaluation import RANKED, fingerprint
 from evaluation.linear_probe import rank_classes, scores
 from utils import UserError
 
@@ -27,11 +29,36 @@ from utils import UserError
 class ClassifierRun:
     """.epoch (those done), .log (a dict for each of them), .settings, and .folder, where they are kept, or None.
 
-    A subclass names the files, KEPT and LOG, and has state_dict() and load_state(kept)."""
+    A subclass names the files, KEPT and LOG, and has .optimizer, score(images), state_dict() and load_state(kept)."""
 
-    def __init__(self, evaluated, folder):
+    def __init__(self, evaluated, folder, names, num_labels, images):
+        """names: of the flags that must be the same to go on.  images: fingerprint of the training images."""
         self.args, self.evaluated, self.folder = evaluated.args, evaluated, folder
-        self.epoch, self.log, self.settings = 0, [], {}
+        self.epoch, self.log = 0, []
+        self.images_per_step = self.args.batch_size * utils.world_size()
+        self.settings = {name: getattr(self.args, name) for name in names} | {
+            "images per step": self.images_per_step, "num_labels": num_labels, "images": images,
+            "backbone": fingerprint(evaluated.model),
+        }  # fmt: skip
+
+    def lr(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def is_tested(self):
+        """Whether the epoch that is about to be finished is one of those that --val_freq asks for."""
+        return (self.epoch + 1) % self.args.val_freq == 0
+
+    def train(self, loader, labels, images, train_one_epoch):
+        """The epochs that are left. train_one_epoch(run, loader, labels): what the log says of an epoch, a dict.
+        Returns the ranked classes of `images` after the last one."""
+        ranked = None
+        while self.epoch < self.args.epochs:
+            line = {"epoch": self.epoch} | train_one_epoch(self, loader, labels)
+            if self.is_tested() or self.epoch == self.args.epochs - 1:
+                ranked, loss = self.score(images)
+                line |= log_scores(ranked, loss, images)
+            self.finish_epoch(line)
+        return self.score(images)[0] if ranked is None else ranked  # None: nothing was left to train
 
     def best(self):
         """Highest top-1 of any epoch, in percent: a choice by the test images."""
@@ -83,19 +110,30 @@ def folder_of(evaluated, models):
     return None if output_dir is None else Path(output_dir) / own
 
 
+def crop_loader(evaluated, images):
+    """This process's share of new crops of the images in every epoch; bad images are replaced and counted."""
+    args, device = evaluated.args, evaluated.device
+    recipe = make_crop_recipe(args)
+    return data.TrainLoader(images, args, args.batch_size, utils.rank(), utils.world_size(), recipe, device)
+
+
+def mean_loss(loader, total):
+    """The mean loss of an epoch's images over all processes, in nats; total: summed over this process's steps. Raises
+    UserError where too many of the images were bad."""
+    num_bad = torch.tensor(loader.num_bad_images)
+    dist.all_reduce(num_bad)
+    loader.check_bad_images(int(num_bad))
+    return float(utils.all_reduce_mean(total / loader.steps_per_epoch))
+
+
 @torch.no_grad()
 def score_images(evaluated, classify, num_labels, images):
     """Every image once, over all processes. classify: images (b, C, h, w) on the device -> logits (b, num_labels).
     Returns ranked classes (N, min(5, C)) int64 and the mean loss in nats."""
-    args, labels = evaluated.args, torch.as_tensor(images.labels)
-    batches = data.eval_batches(
-        images, args.img_size, args.in_chans, args.mean, args.std, args.batch_size,
-        rank=utils.rank(), world_size=utils.world_size(), num_workers=args.num_workers,
-        device=evaluated.device,
-    )  # fmt: skip
+    labels = torch.as_tensor(images.labels)
     ranked = torch.zeros(len(images), min(RANKED, num_labels), dtype=torch.int64)
     total = torch.zeros((), dtype=torch.float64)
-    for indices, x in batches:
+    for indices, x in evaluated.batches(images, rank=utils.rank(), world_size=utils.world_size()):
         logits = classify(x).float().cpu()
         ranked[indices] = rank_classes(logits)
         total += F.cross_entropy(logits, labels[indices], reduction="sum")

@@ -15,22 +15,19 @@ import copy
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import DropPath
 from torch import nn
 
-import data
 import evaluation
 import utils
 from accumulation import wrap
-from augmentation import make_crop_recipe
 from batch_norm import convert_sync_batchnorm
-from evaluation.classifier_runs import ClassifierRun, folder_of, log_scores, score_images
+from evaluation.classifier_runs import ClassifierRun, crop_loader, folder_of, mean_loss, score_images
 from optimizer import lr_scales, parameter_groups
 from pretrained import FROM_CHECKPOINT
-from utils import PRECISIONS, RunFailed, UserError
+from utils import RunFailed, UserError
 
 DEFAULTS = {
     "epochs": 100, "lr": 5e-4, "weight_decay": 0.05, "layer_decay": 0.75, "warmup_epochs": 5.0,
@@ -81,30 +78,19 @@ def finetune(evaluated, train_images, val_images, models):
 
     All processes take part; gradients, and batch norms, are of the joint batch. With --output_dir all is kept after
     every epoch (FinetuneRun.KEPT, which load_pretrained opens) and the same command goes on there."""
-    args, labels = evaluated.args, torch.as_tensor(train_images.labels)
-    loader = data.TrainLoader(
-        train_images, args, args.batch_size, utils.rank(), utils.world_size(), make_crop_recipe(args), evaluated.device
-    )
+    loader = crop_loader(evaluated, train_images)
     run = FinetuneRun(
         evaluated, folder_of(evaluated, models), len(val_images.classes), train_images.fingerprint, loader
     )
     run.resume()
-    ranked = None
-    while run.epoch < args.epochs:
-        line = {"epoch": run.epoch, "train_loss": train_one_epoch(run, loader, labels), "train_lr": run.lr()}
-        if (run.epoch + 1) % args.val_freq == 0 or run.epoch == args.epochs - 1:
-            ranked, loss = run.score(val_images)
-            line |= log_scores(ranked, loss, val_images)
-        run.finish_epoch(line)
-    if ranked is None:  # nothing was left to train
-        ranked, _ = run.score(val_images)
+    ranked = run.train(loader, torch.as_tensor(train_images.labels), val_images, train_one_epoch)
     names = ("epochs", "lr", "layer_decay")
-    row = {name: getattr(args, name) for name in names} | {"best_test_top1": run.best()}
+    row = {name: getattr(run.args, name) for name in names} | {"best_test_top1": run.best()}
     return row | {"num_features": run.model.head.in_features}, ranked
 
 
 def train_one_epoch(run, loader, labels):
-    """Returns the mean loss of the epoch's images, over all processes, in nats. RunFailed if it is not finite."""
+    """Returns {"train_loss": `mean_loss`, "train_lr"}. Raises RunFailed for a loss that is not finite."""
     args, device, total = run.args, run.evaluated.device, 0.0
     run.model.train()
     step = run.epoch * loader.steps_per_epoch
@@ -117,13 +103,10 @@ def train_one_epoch(run, loader, labels):
         loss.backward()
         run.optimizer.step()
         total, step = total + loss.detach(), step + 1
-    num_bad = torch.tensor(loader.num_bad_images)
-    dist.all_reduce(num_bad)
-    loader.check_bad_images(int(num_bad))
-    mean = float(utils.all_reduce_mean(total / loader.steps_per_epoch))
+    mean = mean_loss(loader, total)
     if not math.isfinite(mean):
         raise RunFailed(f"epoch {run.epoch}: the loss is {mean}; lower --lr, or try --precision fp32")
-    return mean
+    return {"train_loss": mean, "train_lr": run.lr()}
 
 
 class Classifier(nn.Module):
@@ -131,13 +114,13 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone, num_labels, precision):
         super().__init__()
-        self.backbone, self.dtype = backbone.requires_grad_(True), PRECISIONS[precision]
+        self.backbone, self.precision = backbone.requires_grad_(True), precision
         self.head = nn.Linear(backbone.embed_dim, num_labels)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE's: the first gradients are the labels'
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with utils.autocast(images.device, self.precision):
             features = self.backbone(images)
         return self.head(features.float())  # (B, C)
 
@@ -148,19 +131,15 @@ class FinetuneRun(ClassifierRun):
     KEPT, LOG = "finetuned.pth", "log_finetune.txt"
 
     def __init__(self, evaluated, folder, num_labels, images, loader):
-        super().__init__(evaluated, folder)
+        free = ("val_freq", "max_bad_images")
+        names = ("seed", "precision", "img_size", "in_chans", *(name for name in DEFAULTS if name not in free))
+        super().__init__(evaluated, folder, names, num_labels, images)
         args, device = self.args, evaluated.device
         self.steps_per_epoch, self.total_steps = loader.steps_per_epoch, args.epochs * loader.steps_per_epoch
-        self.images_per_step = args.batch_size * utils.world_size()
         asked, tenth = round(args.warmup_epochs * self.steps_per_epoch), self.total_steps // 10
         self.warmup_steps = min(asked, tenth)
         if asked > tenth:
             evaluation.note_once(f"--warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
-        names = ("seed", "precision", "img_size", "in_chans", *DEFAULTS)
-        free = ("val_freq", "max_bad_images")
-        self.settings = {name: getattr(args, name) for name in names if name not in free}
-        self.settings |= {"images per step": self.images_per_step, "num_labels": num_labels, "images": images}
-        self.settings["backbone"] = evaluation.fingerprint(evaluated.model)
         torch.manual_seed(args.seed)  # the same head on all processes
         backbone = set_drop_path(copy.deepcopy(evaluated.model.backbone), args.drop_path_rate)
         self.model = convert_sync_batchnorm(Classifier(backbone, num_labels, args.precision)).to(device)
@@ -185,9 +164,6 @@ class FinetuneRun(ClassifierRun):
             group["lr"] = lr * group["lr_scale"]
             if group["decayed"]:
                 group["weight_decay"] = args.weight_decay
-
-    def lr(self):
-        return self.optimizer.param_groups[0]["lr"]
 
     @torch.no_grad()
     def score(self, images):

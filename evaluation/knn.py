@@ -153,7 +153,12 @@ def larger(cosines, rows, products, first, k):
     """The k largest of cosines (b, j), which belong to rows (b, j) of train, and of products (b, n) with its rows from
     `first` on: (cosines, rows) again."""
     products, columns = products.topk(min(k, products.shape[1]), dim=1)
-    cosines, rows = torch.cat([cosines, products], dim=1), torch.cat([rows, columns + first], dim=1)
+    return largest(cosines, rows, products, columns + first, k)
+
+
+def largest(cosines, rows, more, more_rows, k):
+    """The k largest of cosines (b, j) and `more` (b, n), largest first, and the rows that they belong to."""
+    cosines, rows = torch.cat([cosines, more], dim=1), torch.cat([rows, more_rows], dim=1)
     cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
     return cosines, rows.gather(1, order)
 
