@@ -97,11 +97,11 @@ def check_flags(args):
 
 def seers(models, args):
     """For each model what makes (features, patches (B, r, c, D)) of images."""
-    found = [WithPatches(each.model.backbone).eval() for each in models[-len(args.checkpoint) :]]
-    first = models[-len(args.checkpoint)]
+    own = models[-len(args.checkpoint) :]
+    found = [WithPatches(each.model.backbone).eval() for each in own]
     if args.baselines:
         _, untrained = models[:2]
-        grid = grid_of(found[0], first.args)
+        grid = grid_of(found[0], own[0].args)
         found = [PixelPatches(grid).eval(), WithPatches(untrained.model.backbone).eval(), *found]
     for evaluated, seer in zip(models, found, strict=True):
         grid_of(seer, evaluated.args)  # before an image is read
@@ -128,41 +128,6 @@ class PixelPatches(nn.Module):
         x = F.adaptive_avg_pool2d(images, (side * rows, side * columns))
         x = x.unflatten(2, (rows, side)).unflatten(4, (columns, side))  # (B, C, r, side, c, side)
         return None, x.permute(0, 2, 4, 1, 3, 5).flatten(3)
-
-
-@torch.no_grad()
-def patches_of(seer, images, device, precision):
-    """float32 (B, r, c, D), on CPU."""
-    with utils.autocast(device, precision):
-        patches = seer(images)[1]
-    patches = patches.float().cpu()
-    evaluation.check_finite(torch.isfinite(patches), "the patch features")
-    return patches
-
-
-def watched_batches(images, evaluated, indices=None):
-    with Watch((), evaluation.PATIENCE_S, unit="batch") as watch:
-        yield from watch.over(dense.batches_of(images, evaluated.args, evaluated.device, indices))
-
-
-def draw_patches(seer, images, evaluated, args):
-    """(features (M, D), labels (M,)) of training patches: the same number of each image, as far as it has labels."""
-    most, features, labels = max(1, args.num_patches // len(images)), [], []
-    for rows, pixels, masks in watched_batches(images, evaluated):
-        for row, mask, patches in zip(
-            rows, masks, patches_of(seer, pixels, evaluated.device, args.precision), strict=True
-        ):
-            of_patches = dense.patch_labels(mask, *patches.shape[:2]).ravel()
-            known = np.flatnonzero(of_patches != dense.IGNORED)
-            drawn = np.sort(np.random.default_rng((args.seed, row)).permutation(known)[:most])
-            features.append(patches.flatten(0, 1)[drawn])
-            labels.append(of_patches[drawn])
-    features, labels = torch.cat(features), torch.from_numpy(np.concatenate(labels))
-    if len(labels) == 0 or len(labels.unique()) < 2:
-        raise UserError(
-            f"--data_path {args.data_path}: the training masks have {len(labels.unique())} classes; expected 2"
-        )
-    return features, labels
 
 
 # ---- segmentation ----------------------------------------------------------------------------------------------------
@@ -193,6 +158,41 @@ def evaluate(evaluated, seer, train, val, args):
         {"checkpoint": evaluated.name, "method": name, **score, "num_classes": len(score["iou"])}
         for name, score in scores.items()
     ]
+
+
+def draw_patches(seer, images, evaluated, args):
+    """(features (M, D), labels (M,)) of training patches: as many patches of each image, as far as it has labels."""
+    most, features, labels = max(1, args.num_patches // len(images)), [], []
+    for rows, pixels, masks in watched_batches(images, evaluated):
+        for row, mask, patches in zip(
+            rows, masks, patches_of(seer, pixels, evaluated.device, args.precision), strict=True
+        ):
+            of_patches = dense.patch_labels(mask, *patches.shape[:2]).ravel()
+            known = np.flatnonzero(of_patches != dense.IGNORED)
+            drawn = np.sort(np.random.default_rng((args.seed, row)).permutation(known)[:most])
+            features.append(patches.flatten(0, 1)[drawn])
+            labels.append(of_patches[drawn])
+    features, labels = torch.cat(features), torch.from_numpy(np.concatenate(labels))
+    if len(labels) == 0 or len(labels.unique()) < 2:
+        raise UserError(
+            f"--data_path {args.data_path}: the training masks have {len(labels.unique())} classes; expected 2"
+        )
+    return features, labels
+
+
+@torch.no_grad()
+def patches_of(seer, images, device, precision):
+    """float32 (B, r, c, D), on CPU."""
+    with utils.autocast(device, precision):
+        patches = seer(images)[1]
+    patches = patches.float().cpu()
+    evaluation.check_finite(torch.isfinite(patches), "the patch features")
+    return patches
+
+
+def watched_batches(images, evaluated, indices=None):
+    with Watch((), evaluation.PATIENCE_S, unit="batch") as watch:
+        yield from watch.over(dense.batches_of(images, evaluated.args, evaluated.device, indices))
 
 
 def segment(patches, classify):

@@ -64,7 +64,7 @@ def main(argv=None):
 
 
 def choose_ks(typed, num_train):
-    """The numbers of neighbours: those that were typed, or of the usual ones those that there are images for."""
+    """The numbers of neighbours that were typed, or of the usual numbers as many as there are images for."""
     if typed is not None:
         check_ks(typed, num_train)
         return typed

@@ -15,15 +15,15 @@ fast    features of each image once; a grid of learning rates and weight decays 
 adam    the same features; the CPLearn paper's protocol for small sets (Appendix I)
 few     the same features; logistic regression on a few labelled training images of each class. Scores are means over
         several draws of these images, the same for all models, with the standard deviation over the draws
-dino    that of DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the
-        last four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
+dino    as DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the last
+        four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
 finetune  the backbone learns too: AdamW, layer decay, mixup and cutmix (evaluation/finetune.py); resumable as dino is
 
 No protocol chooses anything by the test images: the score is that of the fitted classifier, or of the last epoch.
 Prints top-1 and top-5 accuracy in percent of the validation images, and the classes that go best and worst. With
 --output_dir: results_linear.md, results_linear.json (also the accuracy of each class) and confusion_<model>.png; of
-few and finetune results_<protocol>.md, results_<protocol>.json and confusion_<protocol>_<model>.png, which leave those
-of another protocol alone.
+few and finetune results_<protocol>.md, results_<protocol>.json and confusion_<protocol>_<model>.png, which leave
+another protocol's files alone.
 
 Shapes: B images per process, N validation images, D features, C classes.
 """
@@ -268,8 +268,8 @@ def train_with_crops(evaluated, train_images, val_images, models):
     All processes take part. As in DINO: crops of 8 to 100 % of the image, flips; the head begins normal(0, 0.01), its
     biases at 0. Unlike DINO: the order and the crops are functions of (seed, epoch), and images that do not fill the
     last step of an epoch wait for another epoch.
-    With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as DINO
-    does. Raises UserError where those that are there are of a run with other settings.
+    With --output_dir the head, the optimizer, the scheduler and the log are kept after every epoch, as DINO does.
+    Raises UserError where the files that are there are of a run with other settings.
     Returns a row of the table, and the ranked classes of the validation images.
     """
     args = evaluated.args

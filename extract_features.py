@@ -213,16 +213,8 @@ def show_similar(folder, maker, args):
     print(path)
 
 
-def load_query(file, images, maker):
-    """Raises UserError where it is no image."""
-    try:
-        return images.reading.load(file, maker.args.in_chans)
-    except (BadImage, OSError) as error:
-        raise UserError(f"--similar {file}: cannot be read: {error}") from error
-
-
 def embed_file(file, images, maker):
-    """(1, D) of length 1, from pixels that are resized and cropped as those of the set."""
+    """(1, D) of length 1, from pixels that are resized and cropped as the images of the set."""
     args, pixels = maker.args, load_query(file, images, maker)
     whole = images.data is not None
     pixels = (
@@ -232,6 +224,14 @@ def embed_file(file, images, maker):
     )
     cls = maker(data.normalize(pixels.to(maker.device).float() / 255, args.mean, args.std))["cls"]
     return torch.nn.functional.normalize(torch.from_numpy(cls), dim=1)
+
+
+def load_query(file, images, maker):
+    """Raises UserError where it is no image."""
+    try:
+        return images.reading.load(file, maker.args.in_chans)
+    except (BadImage, OSError) as error:
+        raise UserError(f"--similar {file}: cannot be read: {error}") from error
 
 
 def nearest(folder, query, k, search):

@@ -388,7 +388,7 @@ class PretrainedModel(nn.Module):
         return None if self.head is None else self.head.assign(features)
 
     def with_last_blocks(self, n_last_blocks=1, avgpool_patchtokens=False):
-        """The model whose features are those of DINO's linear probe, see `LastBlocks`; without the head."""
+        """The model whose features are what DINO's linear probe takes, see `LastBlocks`; without the head."""
         chosen = {"n_last_blocks": n_last_blocks, "avgpool_patchtokens": avgpool_patchtokens}
         return PretrainedModel(LastBlocks(self.backbone, **chosen), settings=self.settings | chosen)
 
@@ -453,7 +453,7 @@ def _first_known(given, certain, saved, shapes):
 
 
 def _known_heads(arch, given, saved, method):
-    """Heads of a ViT as far as anything but the shapes says; None: those of its arch."""
+    """Heads of a ViT as far as anything but the shapes says; None: the heads of its arch."""
     if given["num_heads"] or saved.get("num_heads"):
         return given["num_heads"] or saved["num_heads"]
     if method and method.num_heads:
@@ -510,11 +510,6 @@ def _converted_by_timm(backbone, state):
         return {}
 
 
-def _load_strictly(module, state, what):
-    check_fits(module, state, what)
-    module.load_state_dict(state)
-
-
 def _build_head(in_dim, siblings, saved, path):
     """(head, or None: for a bare backbone, or one whose head names no codes; and the names of its tensors among the
     siblings). A file that names no objective is an older one of CPLearn, or of DINO and those that have its head."""
@@ -530,7 +525,8 @@ def _build_head(in_dim, siblings, saved, path):
     head = OBJECTIVES[objective].head_from_state_dict(in_dim, state, saved) if known else None
     if head is None:
         return None, []
-    _load_strictly(head, state, f"{path}: {type(head).__name__}")
+    check_fits(head, state, f"{path}: {type(head).__name__}")
+    head.load_state_dict(state)
     return head.eval(), [prefix + name for name in used]
 
 

@@ -72,7 +72,7 @@ class Number:
     """argparse's `type=` of a flag that is a finite number in a range: --help tells the range, and a number outside it
     is one line.
 
-    kind: int or float.  least, most: the range, both ends in it.  above, below: the same, without the ends.
+    kind: int or float.  least, most: the range, both ends in it.  above, below: the range without its ends.
     """
 
     def __init__(self, kind, least=None, most=None, above=None, below=None):

@@ -188,8 +188,8 @@ def files_fingerprint(images):
 def open_models(args, device):
     """An `EvaluatedModel` for each --checkpoint, after the models of --baselines.
 
-    All see the same images: those that the flags name, or else those that the checkpoints were trained on, which then
-    must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
+    All see the same images: the data set that the flags name, or else the one that the checkpoints were trained on,
+    which then must agree. Raises UserError for a file that cannot be read and for an --output_dir that cannot be made.
     """
     if args.output_dir is not None:
         utils.make_folder(args.output_dir)

@@ -4,7 +4,7 @@
 
 The recipe is that of Table 9 of MAE (arXiv 2111.06377) without RandAugment: AdamW (0.9, 0.999), weight decay 0.05 (not
 of biases, norms, positions), a rate for each block, linear warm-up and cosine by the step, label smoothing, stochastic
-depth, and one of mixup and cutmix for each batch (timm's Mixup: 0.8 and 1.0). Crops are those of `--protocol dino`.
+depth, and one of mixup and cutmix for each batch (timm's Mixup: 0.8 and 1.0). Crops are `--protocol dino`'s crops.
 
 Everything drawn is a function of (seed, step, process): a run that was stopped goes on bit for bit on a CPU.
 
@@ -126,7 +126,7 @@ class Classifier(nn.Module):
 
 
 class FinetuneRun(ClassifierRun):
-    """.model: Classifier.  .wrapped: the same, whose gradients are averaged over processes.  .optimizer"""
+    """.model: Classifier.  .wrapped: that model, with gradients averaged over processes.  .optimizer"""
 
     KEPT, LOG = "finetuned.pth", "log_finetune.txt"
 

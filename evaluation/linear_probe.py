@@ -54,7 +54,7 @@ class Fit:
 def fit_selected(
     features, labels, num_classes, lrs=LRS, weight_decays=WEIGHT_DECAYS, epochs=EPOCHS, seed=0, device="cpu"
 ):
-    """A linear classifier whose learning rate and weight decay are those of a grid that held-out images prefer.
+    """A linear classifier whose learning rate and weight decay are the pair of a grid that held-out images prefer.
 
     All of the grid are trained at once (`fit_grid`) on 90 % of the images, class by class, and scored on the other
     10 %. The highest top-1 wins, among equals the lower learning rate, then the stronger weight decay; with these one

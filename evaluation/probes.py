@@ -131,7 +131,7 @@ PROBES = {"knn": knn, "linear": linear}
 
 
 def features_of(run, images, step, indices=None):
-    """(N, D) of the images, or of those of the indices, in increasing order, on every process."""
+    """(N, D) of the images, or of the images of the indices, in increasing order, on every process."""
     args = run.args
     settings = {name: getattr(args, name) for name in ("img_size", "in_chans", "mean", "std", "num_workers")}
     settings |= {"rank": rank(), "world_size": world_size(), "batch_size": run.batch_size, "device": run.device}

@@ -399,9 +399,9 @@ class Walk:
         return [f"{what}: {which}" for what, which in said.items() if which]
 
 
-def tally(counter, most=6):
+def tally(counter):
     """ ".txt 12, .xml 3" """
-    return enumeration([f"{os.fsdecode(name)} {count}" for name, count in counter.most_common()], most)
+    return enumeration([f"{os.fsdecode(name)} {count}" for name, count in counter.most_common()], most=6)
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------

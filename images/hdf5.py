@@ -35,7 +35,7 @@ class HDF5:
         self.images = [images_of(group) for _, group in self.groups]
 
     def read(self, place):
-        """The bytes of an encoded image; an array as those of an .npy file."""
+        """The bytes of an encoded image; an array as the bytes of an .npy file."""
         group, row = map(int, place)
         value = self.images[group][row]
         if self.images[group].ndim == 1:

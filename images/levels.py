@@ -24,8 +24,8 @@ def is_auto(values):
 
 
 def fill_in_levels(args, images, earlier=None):
-    """Puts numbers in args where --mean or --std is auto: those of the checkpoint that the run goes on from, or else
-    those of a sample of its images, which the first process measures and says. All processes call it together."""
+    """Puts numbers in args where --mean or --std is auto: the checkpoint's, from which the run goes on, or else the
+    numbers of a sample of images, which the first process measures and says. All processes call it together."""
     asked = [name for name in ("mean", "std") if is_auto(getattr(args, name))]
     if not asked:
         return

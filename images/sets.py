@@ -265,7 +265,7 @@ class MixedImages(ImageSet):
 
 
 def mix(parts, weights, remarks=()):
-    """MixedImages, whose classes are those of all parts by name; without labels where a part has none."""
+    """MixedImages, whose classes are the classes of all parts, by name; without labels where a part has none."""
     if any(part.labels is None for part in parts):
         bare = sum(part.labels is None for part in parts)
         said = [f"no labels, as {bare} of {len(parts)} roots have none"] if bare < len(parts) else []

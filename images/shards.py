@@ -138,7 +138,7 @@ def no_shards_beside(files):
 
 
 def by_words(files, split):
-    """Those of a split, by a word such as train in their names; None where the names tell no splits apart."""
+    """The files of a split, by a word such as train in their names; None where the names tell no splits apart."""
     kinds = defaultdict(list)
     for file in files:
         kinds[split_in(file)].append(file)
@@ -355,7 +355,7 @@ class ShardImages(ImageSet):
 
     @functools.cached_property
     def fingerprint(self):
-        """Where the sizes of images are known, that of a folder of the same names."""
+        """Where the sizes of images are known, the fingerprint of a folder of these names."""
         column = self.kind.size_column
         sizes = [status.st_size if status else -1 for status in self.look_at_some()]
         sizes = sizes if column is None else self.places[evenly(len(self), 1000), column].tolist()
@@ -390,7 +390,7 @@ class ShardImages(ImageSet):
             raise BadImage(f"{type(error).__name__}: {first_line(error)}") from error
 
     def content(self, index):
-        """Those bytes, none where they cannot be read: who loads the image names the reason."""
+        """The bytes of an image's file, none where they cannot be read: who loads the image names the reason."""
         try:
             return self.read(index)
         except BadImage:
@@ -403,7 +403,7 @@ class ShardImages(ImageSet):
 
 
 class Opened:
-    """The shards that this process holds open: those it read last. They have not changed since they were listed."""
+    """The shards that this process holds open: the shards it read last, unchanged since they were listed."""
 
     def __init__(self, kind, files):
         self.kind, self.files = kind, files

@@ -62,7 +62,7 @@ class Columns:
         """(names, labels) of the rows of a table with `leaves`; rows are counted from `start` where they have none."""
         names = labels = [None] * len(table)
         if self.names:
-            names = of_each_value(name_of, field_of(table.column(self.image), "path"))
+            names = of_each_value(name_of, paths_of(table.column(self.image)))
         if self.label:
             labels = of_each_value(self.label_of, table.column(self.label))
         counted = [f"{stem}-{start + row:012d}".encode() for row in range(len(table))]
@@ -115,9 +115,9 @@ def class_names(metadata, label):
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def field_of(column, name):
-    """A field of a chunked struct column."""
-    chunks = [chunk.field(name) for chunk in column.chunks]
+def paths_of(column):
+    """The field `path` of a chunked struct column."""
+    chunks = [chunk.field("path") for chunk in column.chunks]
     return pyarrow().chunked_array(chunks, pyarrow().string() if not chunks else chunks[0].type)
 
 

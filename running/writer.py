@@ -54,7 +54,7 @@ class Writer:
 
 
 class HostCopy:
-    """Copies plain data to the host, its tensors into the memory of the copy before, if that was of the same tensors.
+    """Copies plain data to the host, its tensors into the memory of the copy before, if that copy was of these tensors.
 
     To touch new memory takes several times as long as the copy itself (benchmarks/border.py), and pinned memory,
     to which a GPU writes at the speed of its bus, is slow to get."""

@@ -1,8 +1,9 @@
-"""What tests of several modules share: a run of a function in several gloo processes."""
+"""What tests of several modules share: a run of a function in several gloo processes, pictures, no network."""
 
 import contextlib
 import os
 import queue
+import socket
 
 import pytest
 import torch
@@ -44,6 +45,23 @@ def run_in_processes(tmp_path):
         return [gathered[r] for r in range(world_size)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """`pictures.write_class_folders`, which no test changes."""
+    import pictures  # here: tests of the plan of the house need not wait for it
+
+    return pictures.write_class_folders(tmp_path_factory.mktemp("classes"))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def next_result(results, workers, seconds=120):

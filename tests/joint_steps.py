@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import main_cplearn
 from accumulation import FirstHalf, wrap
 from monitor import RunLog
 from running.watch import Watch
+from utils import all_gather_rows, all_reduce_mean, rank, world_size
 
 
 def steps_in_float64(rank, words, count=2):
@@ -22,6 +24,30 @@ def steps_in_float64(rank, words, count=2):
         return list(_steps(run, count))
     finally:
         main_cplearn.close(run)
+
+
+def train_on_rows(objective, rows_of_step, steps, first=0):
+    """Steps of an objective alone, on this process's share of rows_of_step(step); returns all that must not depend on
+    the number of processes, as arrays."""
+    several = world_size() > 1
+    wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
+    found = []
+    for step in range(first, steps):
+        rows = [x.chunk(world_size())[rank()].clone().requires_grad_() for x in rows_of_step(step)]
+        objective.before_step(step, None)
+        loss, terms = wrapped(rows)
+        loss.backward()
+        objective.before_update(step, None)
+        found += [all_reduce_mean(t.detach()) for t in (loss, *terms.values())]
+        found += [all_gather_rows(x.grad) / world_size() for x in rows]
+        for parameter in objective.parameters():
+            if parameter.grad is not None:
+                found.append(parameter.grad.clone())
+                parameter.data -= 0.5 * parameter.grad
+                parameter.grad = None
+        objective.after_step(step, None)
+        found += [b.clone().double() for b in objective.buffers()]
+    return [t.numpy() for t in [*found, *(p.detach() for p in objective.parameters())]]
 
 
 def over_processes(results):

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from baselines.self_classifier import SelfClassifier, SelfClassifierHead, nearest_neighbours, self_classifier_loss
+from joint_steps import train_on_rows
 from objective import Course
 from runs import assert_a_checkpoints_head_is_rebuilt
-from utils import UserError, all_gather_rows, all_reduce_mean, rank, world_size
+from utils import UserError
 
 N, D, P, K, VIEWS = 12, 10, 8, 24, 4
 F64 = torch.float64
@@ -109,25 +109,6 @@ def rows_of_step(step):
     return [torch.randn(2 * N, D, generator=g, dtype=F64) for _ in range(VIEWS)]
 
 
-def train(objective, steps, first=0):
-    """Steps on this process's share of the rows; returns all that must not depend on the number of processes."""
-    several = world_size() > 1
-    wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
-    share, found = 2 * N // world_size(), []
-    for step in range(first, steps):
-        rows = [x[rank() * share : (rank() + 1) * share].requires_grad_() for x in map(torch.clone, rows_of_step(step))]
-        loss, terms = wrapped(rows)
-        loss.backward()
-        found += [all_reduce_mean(t.detach()) for t in (loss, *terms.values())]
-        found += [all_gather_rows(x.grad) / world_size() for x in rows]
-        for parameter in objective.parameters():
-            found.append(parameter.grad.clone())
-            parameter.data -= 0.5 * parameter.grad
-            parameter.grad = None
-        found += [b.clone().double() for b in objective.buffers()]
-    return [t.numpy() for t in [*found, *(p.detach() for p in objective.parameters())]]
-
-
 RECIPE = {"more_classes": [30, 7], "nn_queue": 60}  # full after three steps of 24 images
 FORMS = {
     "mlp": {},
@@ -138,7 +119,7 @@ FORMS = {
 
 
 def train_in_process(_, form):
-    return train(build(**FORMS[form]), 5)
+    return train_on_rows(build(**FORMS[form]), rows_of_step, 5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -150,12 +131,12 @@ def test_two_processes_equal_one_on_the_joined_batch(run_in_processes, form):
 
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit():
-    expected = train(build(**RECIPE), 6)
+    expected = train_on_rows(build(**RECIPE), rows_of_step, 6)
     first = build(**RECIPE)
-    train(first, 2)
+    train_on_rows(first, rows_of_step, 2)
     resumed = build(**RECIPE)
     resumed.load_state_dict(first.state_dict())  # the queue is not full yet
-    got = train(resumed, 6, first=2)
+    got = train_on_rows(resumed, rows_of_step, 6, first=2)
     for a, b in zip(got, expected[-len(got) :], strict=True):
         assert (a == b).all()
 

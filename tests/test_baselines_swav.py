@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from baselines.swav import SwAV, SwAVHead, sinkhorn, swav_loss
+from joint_steps import train_on_rows
 from objective import Course
 from runs import assert_a_checkpoints_head_is_rebuilt
-from utils import all_gather_rows, all_reduce_mean, rank, world_size
 
 N, D, P, K, VIEWS = 12, 10, 8, 24, 4
 F64 = torch.float64
@@ -116,34 +115,11 @@ def rows_of_step(step):
     return [torch.randn(2 * N, D, generator=g, dtype=F64) for _ in range(VIEWS)]
 
 
-def train(objective, steps, first=0):
-    """Steps on this process's share of the rows; returns all that must not depend on the number of processes."""
-    several = world_size() > 1
-    wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
-    share, found = 2 * N // world_size(), []
-    for step in range(first, steps):
-        rows = [x[rank() * share : (rank() + 1) * share].requires_grad_() for x in map(torch.clone, rows_of_step(step))]
-        objective.before_step(step, None)
-        loss, terms = wrapped(rows)
-        loss.backward()
-        objective.before_update(step, None)
-        found += [all_reduce_mean(t.detach()) for t in (loss, *terms.values())]
-        found += [all_gather_rows(x.grad) / world_size() for x in rows]
-        for parameter in objective.parameters():
-            if parameter.grad is not None:
-                found.append(parameter.grad.clone())
-                parameter.data -= 0.5 * parameter.grad
-                parameter.grad = None
-        objective.after_step(step, None)
-        found += [b.clone().double() for b in objective.buffers()]
-    return [t.numpy() for t in [*found, *(p.detach() for p in objective.parameters())]]
-
-
 QUEUES = {"none": {}, "long": {"queue_length": 60, "epoch_queue_starts": 1}, "short": {"queue_length": 10}}
 
 
 def train_in_process(_, name):
-    return train(build(freeze_prototypes_epochs=1, **QUEUES[name]), 5)
+    return train_on_rows(build(freeze_prototypes_epochs=1, **QUEUES[name]), rows_of_step, 5)
 
 
 @pytest.mark.parametrize("name", QUEUES)
@@ -174,12 +150,12 @@ def test_queue_counts_once_it_is_full_and_holds_the_latest_images():
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit():
     through = build(queue_length=60)
-    expected = train(through, 6)
+    expected = train_on_rows(through, rows_of_step, 6)
     first = build(queue_length=60)
-    train(first, 2)
+    train_on_rows(first, rows_of_step, 2)
     resumed = build(queue_length=60)
     resumed.load_state_dict(first.state_dict())  # the queue is not full yet
-    got = train(resumed, 6, first=2)
+    got = train_on_rows(resumed, rows_of_step, 6, first=2)
     for a, b in zip(got, expected[-len(got) :], strict=True):
         assert (a == b).all()
 
@@ -189,9 +165,9 @@ def test_prototypes_are_frozen_then_move_and_keep_length_1():
     objective.head.normalise_prototypes()  # in float64
     drawn = objective.head.prototypes.weight.detach().clone()
     torch.testing.assert_close(drawn.norm(dim=1), torch.ones(K, dtype=F64))
-    train(objective, 2)
+    train_on_rows(objective, rows_of_step, 2)
     torch.testing.assert_close(objective.head.prototypes.weight.detach(), drawn, rtol=1e-14, atol=1e-15)
-    train(objective, 4, first=2)
+    train_on_rows(objective, rows_of_step, 4, first=2)
     moved = objective.head.prototypes.weight.detach()
     assert (moved - drawn).abs().max() > 1e-4
     torch.testing.assert_close(moved.norm(dim=1), torch.ones(K, dtype=F64))
@@ -204,7 +180,8 @@ def test_every_flag_does_something():
     }  # fmt: skip
     changes = {"nothing": {}} | {name: {name: value} for name, value in changes.items()}
     changes["epoch_queue_starts"] = {"queue_length": 10, "epoch_queue_starts": 0}
-    weights = {name: b"".join(t.tobytes() for t in train(build(**change), 3)[-7:]) for name, change in changes.items()}
+    ends = {name: train_on_rows(build(**change), rows_of_step, 3)[-7:] for name, change in changes.items()}
+    weights = {name: b"".join(t.tobytes() for t in end) for name, end in ends.items()}
     assert set(SwAV.flags) <= weights.keys()
     assert weights.pop("queue_length") == weights["nothing"]  # it begins in epoch 15
     assert len(set(weights.values())) == len(weights)

@@ -25,11 +25,6 @@ from utils import RunFailed, UserError
 
 
 @pytest.fixture(scope="module")
-def class_folders(tmp_path_factory):
-    return pictures.write_class_folders(tmp_path_factory.mktemp("classes"))
-
-
-@pytest.fixture(scope="module")
 def photographs():
     return pictures.photographs()
 

@@ -10,7 +10,8 @@ import torch
 
 from backbones import build_backbone
 from cplearn_head import CPLearnHead
-from pictures import but_what_was_opened, picture, write
+from pictures import picture, write
+from refusals import error_of
 from utils import init_distributed
 
 SCRIPTS = ("eval_knn", "eval_linear", "eval_cluster", "eval_collapse", "visualize_attention", "export_backbone")
@@ -64,13 +65,7 @@ def command(script, folder, images="labelled", checkpoint="good.pth"):
 
 
 def refusal(script, flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(flags)
-    error = but_what_was_opened(capsys.readouterr().err)
-    assert stop.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+    return error_of(capsys, importlib.import_module(script).main, flags, alone=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

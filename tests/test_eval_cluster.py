@@ -28,7 +28,7 @@ from cplearn_head import CPLearnHead
 from evaluation import clustering
 from evaluation.clustering import clustering_scores, expected_mutual_information, kmeans, mean_features, merge
 from images import ArrayImages
-from pictures import but_what_was_opened
+from refusals import error_of
 from utils import UserError
 
 
@@ -456,13 +456,8 @@ def test_processes_change_nothing(folder, tmp_path, run_in_processes):
     ],
 )
 def test_command_stops_with_one_line(folder, flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command(folder, *(flag.format(folder=folder) for flag in flags))
-    assert stop.value.code == 2
-    error = but_what_was_opened(capsys.readouterr().err)
-    assert error.startswith("error: ")
-    assert message.format(folder=folder) in error
-    assert error.count("\n") == 1
+    flags = [flag.format(folder=folder) for flag in flags]
+    assert message.format(folder=folder) in error_of(capsys, command, folder, *flags, alone=True)
 
 
 def test_a_diverged_model_is_named(folder, tmp_path):

@@ -14,7 +14,7 @@ from backbones import build_backbone
 from cplearn_head import CPLearnHead, code_temperature, cplearn_loss, loss_lower_bound
 from evaluation import collapse_figures
 from monitor import rankme, within_code_variance
-from pictures import but_what_was_opened
+from refusals import error_of
 
 ARGS = {
     "arch": "resnet8", "img_size": 16, "in_chans": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "dataset": "imagefolder",
@@ -255,8 +255,5 @@ def test_command_stops_with_one_line(folder, flags, message, capsys):
         next(broken.parameters()).fill_(math.nan)
     write_checkpoint(folder / "nan.pth", backbone=broken)
     first = ["--checkpoint", folder / "bare.pth", "--data_path", folder / "images", "--num_workers", "0"]
-    with pytest.raises(SystemExit) as stop:
-        eval_collapse.main([*map(str, first), *(flag.format(folder=folder) for flag in flags)])
-    assert stop.value.code == 2
-    error = but_what_was_opened(capsys.readouterr().err)
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    words = [*map(str, first), *(flag.format(folder=folder) for flag in flags)]
+    assert message in error_of(capsys, eval_collapse.main, words, alone=True)

@@ -16,6 +16,7 @@ import eval_dense
 from backbones import build_backbone
 from evaluation import dense
 from pretrained import load_pretrained
+from refusals import error_of
 
 COLOURS = np.array([[210, 20, 20], [20, 210, 20], [20, 20, 210]], np.uint8)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -178,15 +179,6 @@ def test_of_several_processes_one_works(weights, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def error_of(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        eval_dense.main(words(*arguments))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ") and sum(line.startswith("error") for line in lines) == 1
-    return lines[-1]
-
-
 FILES = {
     "a folder": (lambda root: os.rename(root / "SegmentationClass", root / "Masks"), "has no folder SegmentationClass"),
     "a mask": (lambda root: os.remove(root / "SegmentationClass/val_1.png"), "1 of 2 masks are missing"),
@@ -220,7 +212,7 @@ FILES = {
 def test_bad_files_are_one_line(damage, message, weights, tmp_path, capsys):
     root = voc(tmp_path / "voc", num=(3, 2))
     damage(root)
-    assert message in error_of(capsys, weights, root)
+    assert message in error_of(capsys, eval_dense.main, words(weights, root))
 
 
 @pytest.mark.parametrize(
@@ -235,4 +227,4 @@ def test_bad_files_are_one_line(damage, message, weights, tmp_path, capsys):
     ],
 )
 def test_bad_flags_are_one_line(flags, message, weights, tmp_path, capsys):
-    assert message in error_of(capsys, weights, tmp_path, *flags)
+    assert message in error_of(capsys, eval_dense.main, words(weights, tmp_path, *flags))

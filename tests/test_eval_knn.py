@@ -15,6 +15,7 @@ from backbones import build_backbone
 from evaluation import knn
 from evaluation.knn import knn_accuracy, knn_classify
 from pictures import but_what_was_opened
+from refusals import error_of
 from utils import UserError
 
 
@@ -256,10 +257,5 @@ def test_command_stops_with_one_line(run, flags, message, capsys):
     for name in ("flat/train", "flat/val", "odd/train/a", "odd/train/b", "odd/val/b", "odd/val/c"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(folder / name / "x.png")
-    with pytest.raises(SystemExit) as stop:
-        eval_knn.main([*first, "--num_workers", "0", *(flag.format(folder=folder) for flag in flags)])
-    assert stop.value.code == 2
-    error = but_what_was_opened(capsys.readouterr().err)
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    words = [*first, "--num_workers", "0", *(flag.format(folder=folder) for flag in flags)]
+    assert message in error_of(capsys, eval_knn.main, words, alone=True)

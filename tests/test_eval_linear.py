@@ -21,7 +21,8 @@ import pretrained
 from backbones import build_backbone
 from evaluation import linear_probe
 from images import ArrayImages, open_dataset
-from pictures import but_what_was_opened, make_args, photographs
+from pictures import make_args, photographs
+from refusals import error_of
 
 NUM_CLASSES, TRAIN, VAL = 6, 10, 4  # images per class
 
@@ -451,11 +452,4 @@ def test_another_runs_folder_is_refused(folder, tmp_path, capsys):
 
 
 def assert_one_line(argv, message, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        eval_linear.main(argv)
-    error = but_what_was_opened(capsys.readouterr().err)
-    assert stop.value.code == 2
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert message in error_of(capsys, eval_linear.main, argv, alone=True)

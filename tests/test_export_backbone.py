@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,9 @@ from evaluation import fingerprint
 from images import FolderImages
 from pictures import picture, write
 from pretrained import load_pretrained
+from refusals import error_of
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def prefixed(prefix, module):
@@ -262,12 +255,7 @@ def test_command_stops_with_one_line(flags, message, tmp_path, capsys):
     results(tmp_path / "old", path, "0123456789abcdef", [{"checkpoint": path}])
     given = {"--checkpoint": path, "--output_dir": str(tmp_path / "out")}
     words = [flag.format(folder=tmp_path) for flag in flags]
-    with pytest.raises(SystemExit) as stop:
-        export_backbone.main([*(word for pair in given.items() if pair[0] not in words for word in pair), *words])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message.format(folder=tmp_path) in error
-    assert error.count("\n") == 1
+    words = [*(word for pair in given.items() if pair[0] not in words for word in pair), *words]
+    assert message.format(folder=tmp_path) in error_of(capsys, export_backbone.main, words, alone=True)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "full" / "keep").exists()

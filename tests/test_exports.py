@@ -2,7 +2,6 @@
 
 import json
 import resource
-import socket
 
 import numpy as np
 import onnx
@@ -23,28 +22,11 @@ from exports.timm_folder import TimmFolder
 from images import FolderImages
 from pictures import picture, write
 from pretrained import PretrainedModel, load_pretrained
+from refusals import error_of
 from test_export_backbone import export, fingerprint, images, ours, results
 from utils import UserError
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def error_of(capsys, *arguments):
-    """The one line with which the command stops."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        export(*arguments)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ") and sum(line.startswith("error") for line in lines) == 1
-    return lines[-1]
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def vit(path, **parts):
@@ -117,7 +99,7 @@ def test_how_images_are_read_stays_with_the_weights(kind, tmp_path):
 )
 def test_what_transformers_has_no_class_for_is_refused(arch, sizes, reason, tmp_path, capsys):
     path, _ = ours(tmp_path / "checkpoint.pth", arch, **sizes)
-    line = error_of(capsys, path, tmp_path / "out", "--format", "hf")
+    line = error_of(capsys, export, path, tmp_path / "out", "--format", "hf")
     assert f"has no class for this {arch}" in line and reason in line and "timm, onnx or torch take it" in line
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
@@ -239,7 +221,7 @@ def test_a_damaged_export_is_noticed_and_nothing_of_it_left(kind, tmp_path, monk
             damage(folder)
 
         monkeypatch.setattr(form, "write", write_damaged)
-        line = error_of(capsys, path, tmp_path / "out", "--format", kind)
+        line = error_of(capsys, export, path, tmp_path / "out", "--format", kind)
         assert said in line and line.endswith("nothing was exported")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["before", "checkpoint.pth"]
 
@@ -250,7 +232,7 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(kind, tmp_path, cap
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        line = error_of(capsys, path, tmp_path / "out", "--format", kind)
+        line = error_of(capsys, export, path, tmp_path / "out", "--format", kind)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert line == f"error: --output_dir {tmp_path / 'out'}: cannot be written: File too large"
@@ -265,7 +247,7 @@ def test_an_export_that_is_there_already_is_kept(kind, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     (tmp_path / "other.pth").write_bytes(b"no checkpoint")
     for checkpoint in (path, tmp_path / "other.pth"):
-        assert "is there already" in error_of(capsys, checkpoint, tmp_path / "out", "--format", kind)
+        assert "is there already" in error_of(capsys, export, checkpoint, tmp_path / "out", "--format", kind)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "other.pth", "out"]
 
@@ -281,7 +263,7 @@ def test_resnets_are_opened_again_too(tmp_path, monkeypatch, capsys):
     path, _ = ours(tmp_path / "checkpoint.pth", "resnet8", width=4)
     whole = TimmFolder.write
     monkeypatch.setattr(TimmFolder, "write", lambda self, folder: (whole(self, folder), change_safetensors(folder)))
-    assert "load_pretrained builds another model" in error_of(capsys, path, tmp_path / "out")
+    assert "load_pretrained builds another model" in error_of(capsys, export, path, tmp_path / "out")
 
 
 def test_weights_that_are_no_numbers_are_no_agreement(tmp_path, capsys):
@@ -290,14 +272,14 @@ def test_weights_that_are_no_numbers_are_no_agreement(tmp_path, capsys):
     for state in (content["student"], content["teacher"]):
         state["backbone.block4.conv2.bias"].fill_(float("nan"))
     torch.save(content, path)
-    assert "not finite" in error_of(capsys, path, tmp_path / "out")
+    assert "not finite" in error_of(capsys, export, path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("kind", "package"), [("hf", "transformers"), ("onnx", "onnxruntime"), ("onnx", "onnxscript")])
 def test_a_missing_package_is_named_before_anything_is_written(kind, package, tmp_path, monkeypatch, capsys):
     path, _ = vit(tmp_path / "checkpoint.pth")
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    line = error_of(capsys, path, tmp_path / "out", "--format", kind)
+    line = error_of(capsys, export, path, tmp_path / "out", "--format", kind)
     assert f"--format {kind} needs {package}" in line and "pip install" in line
     assert not (tmp_path / "out").exists()
 

@@ -24,6 +24,7 @@ from evaluation.patches import WithPatches
 from images import FolderImages
 from pictures import picture, write
 from pretrained import load_pretrained
+from refusals import error_of
 
 SCRIPT = extract_features.__file__
 
@@ -298,26 +299,18 @@ def test_the_nearest_images_are_those_of_the_cosine(by, kind, weights, photos, t
 # ---- what stops it ---------------------------------------------------------------------------------------------------
 
 
-def error_of(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        extract(*arguments)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ") and sum(line.startswith("error") for line in lines) == 1
-    return lines[-1]
-
-
 def test_another_run_s_output_is_left_alone(weights, photos, tmp_path, capsys):
     extract(weights, photos, tmp_path / "out")
     before = content(tmp_path / "out")
-    assert "differ in features" in error_of(capsys, weights, photos, tmp_path / "out", "--features", "cls", "average")
-    assert "differ in img_size" in error_of(capsys, weights, photos, tmp_path / "out", "--img_size", 32)
+    assert "differ in features" in error_of(
+        capsys, extract, weights, photos, tmp_path / "out", "--features", "cls", "average"
+    )
+    assert "differ in img_size" in error_of(capsys, extract, weights, photos, tmp_path / "out", "--img_size", 32)
     other = checkpoint(tmp_path / "other.pth", img_size=16, patch_size=4)
-    assert "differ in model" in error_of(capsys, other, photos, tmp_path / "out")
+    assert "differ in model" in error_of(capsys, extract, other, photos, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("text")
-    assert "holds something else" in error_of(capsys, weights, photos, tmp_path / "mine")
+    assert "holds something else" in error_of(capsys, extract, weights, photos, tmp_path / "mine")
     assert content(tmp_path / "out") == before and os.listdir(tmp_path / "mine") == ["thesis.tex"]
     assert sorted(os.listdir(tmp_path)) == ["mine", "other.pth", "out"]
 
@@ -325,7 +318,7 @@ def test_another_run_s_output_is_left_alone(weights, photos, tmp_path, capsys):
 def test_a_damaged_output_is_no_start(weights, photos, tmp_path, capsys):
     extract(weights, photos, tmp_path / "out")
     np.save(tmp_path / "out" / "cls.npy", np.zeros((3, 4)))
-    assert "damaged (cls.npy is float64 (3, 4))" in error_of(capsys, weights, photos, tmp_path / "out")
+    assert "damaged (cls.npy is float64 (3, 4))" in error_of(capsys, extract, weights, photos, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -343,13 +336,13 @@ def test_a_damaged_output_is_no_start(weights, photos, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(flags, message, weights, photos, tmp_path, capsys):
     flags = [flag.format(photos=photos) for flag in flags]
-    assert message.format(photos=photos) in error_of(capsys, weights, photos, tmp_path / "out", *flags)
+    assert message.format(photos=photos) in error_of(capsys, extract, weights, photos, tmp_path / "out", *flags)
 
 
 def test_kinds_that_a_model_has_not_are_refused(photos, tmp_path, capsys):
     torch.save(build_backbone("vit_mini", img_size=16, patch_size=8).state_dict(), tmp_path / "bare.pth")
     for kind in ("embeddings", "codes"):
-        line = error_of(capsys, tmp_path / "bare.pth", photos, tmp_path / "out", "--features", kind)
+        line = error_of(capsys, extract, tmp_path / "bare.pth", photos, tmp_path / "out", "--features", kind)
         assert f"--features {kind}" in line and "has no head" in line
     assert not (tmp_path / "out").exists()
 

@@ -23,11 +23,6 @@ from pictures import folder_args, make_args, picture, write
 from utils import UserError
 
 
-@pytest.fixture(scope="module")
-def class_folders(tmp_path_factory):
-    return pictures.write_class_folders(tmp_path_factory.mktemp("classes"))
-
-
 def test_class_folders(class_folders):
     images = open_dataset(folder_args(class_folders))
     reference = torchvision.datasets.ImageFolder(class_folders)

@@ -24,7 +24,6 @@ import extract_features
 import images.shards
 import images.tars
 import main_cplearn
-import pictures
 from images import BadImage, open_dataset, open_folder
 from images.reading import Reading
 from images.workers import as_it_is
@@ -35,11 +34,6 @@ from utils import UserError
 
 QUICK = ("tars", "zip", "parquet", "hdf5")
 SAME_NAMES = ("tars", "zip", "stored zip")  # and the sizes of all files are known: the fingerprint of the folder
-
-
-@pytest.fixture(scope="module")
-def class_folders(tmp_path_factory):
-    return pictures.write_class_folders(tmp_path_factory.mktemp("classes"))
 
 
 @pytest.fixture(scope="module")
