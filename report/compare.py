@@ -8,9 +8,8 @@ import numpy as np
 
 from report.folder import number_or
 from report.html import note, section, table
-from report.words import headline, plain
+from report.words import BASELINES, headline, plain
 
-BASELINES = ("raw pixels", "random weights")
 RESULTS_PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 SCORES = (  # title, evaluation, the rows that count, key, format
     ("k-NN top-1 %", "knn", None, "top1", ".2f"),

@@ -17,11 +17,10 @@ from report.charts import ALL_POINTS, MOST_POINTS, Chart, Series, Span, figure
 from report.compare import comparison
 from report.folder import Run, duration, number_or, seconds_of_lines
 from report.html import facts, note, printable, section, table, text_of
-from report.words import headline
+from report.words import BASELINES, headline
 
 SCRIPT = Path(__file__).with_name("charts.js")
 STYLE = Path(__file__).with_name("page.css")
-BASELINES = ("raw pixels", "random weights")
 
 
 def report_page(runs, refresh=None):

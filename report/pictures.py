@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from report.html import note, text_of
+from report.words import BASELINES
 from utils import one_line
 
 WIDEST = 1400  # px
@@ -26,10 +27,15 @@ KINDS = (  # title, files, what makes them
 def shown(folder):
     """Yields (title, HTML) of each kind; where there is none, the command that makes them is said."""
     for title, patterns, command in KINDS:
-        paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+        found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+        paths = sorted(found, key=lambda path: (is_of_baseline(path), path))
         more = note(f"{len(paths) - MOST_PICTURES} more in the folder.") if len(paths) > MOST_PICTURES else ""
         none = note(f"None in the folder; {command} with --output_dir draws them there.") if command else ""
         yield title, "".join(map(picture, paths[:MOST_PICTURES])) + more or none
+
+
+def is_of_baseline(path):
+    return path.stem.endswith(tuple(name.replace(" ", "_") for name in BASELINES))
 
 
 def picture(path):

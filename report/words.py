@@ -1,5 +1,7 @@
 """What of a run is said in words."""
 
+BASELINES = ("raw pixels", "random weights")  # evaluated beside the run's own weights by --baselines
+
 
 def headline(run):
     """("good", "bad" or "unknown", a sentence about the run's health)."""
@@ -30,7 +32,7 @@ def health(run):
 def judged(run):
     """What eval_collapse.py found of the trained model: "" for none, None where it has not been run."""
     for row in run.results.get("collapse", {}).get("rows", []):
-        if row.get("checkpoint") not in ("raw pixels", "random weights") and isinstance(row.get("verdict"), str):
+        if row.get("checkpoint") not in BASELINES and isinstance(row.get("verdict"), str):
             return "" if row["verdict"] == "none" else row["verdict"]
     return None
 

@@ -167,6 +167,15 @@ def test_the_headline_says_what_collapsed_and_since_when(tmp_path):
     assert headline(run)[0] == "bad" and "dimensional" in headline(run)[1]
 
 
+def test_pictures_of_the_run_s_own_weights_stand_before_those_of_baselines(tmp_path):
+    write_run(tmp_path, [line(50)])
+    for name in ("gallery_raw_pixels", "gallery_random_weights", "gallery_runs_z_checkpoint"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    page = report_page([read_run(tmp_path)])
+    found = re.findall(r"<figcaption>gallery_(\w+)", page)
+    assert found == ["runs_z_checkpoint", "random_weights", "raw_pixels"]
+
+
 def test_marks_on_the_curves_are_explained_where_there_are_any(tmp_path):
     few = {"batch_perplexity": 3.0}
     lines = [*(line(step) for step in range(10, 60, 10)), line(60, **few)]
