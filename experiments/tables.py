@@ -28,6 +28,8 @@ def main(argv=None):
 
 def table(experiment, column):
     """Markdown: a line per row of the experiment, mean and standard deviation over seeds of each score."""
+    if not is_begun(experiment, column):
+        return f"{column['name']}: not run yet. {command_of(experiment)}"
     scores = experiment.spec["score"]
     lines, titles = [], {"row": (column["name"], "")}
     for row in experiment.rows():
@@ -49,7 +51,9 @@ def table(experiment, column):
 def summary(experiment, names):
     """Markdown: one table of all data sets that have a result, with the scores of these names alone."""
     scores = [score for score in experiment.spec["score"] if score["name"] in names]
-    columns = [c for c in experiment.columns() if any(experiment.finals(row, c) for row in experiment.rows())]
+    columns = [c for c in experiment.columns() if is_begun(experiment, c)]
+    if not columns:
+        return f"Not run yet. {command_of(experiment)}"
     titles = {"row": ("", "")} | {
         (c["name"], s["name"]): (f"{c['name']}, {s['name']}", "") for c in columns for s in scores
     }
@@ -64,6 +68,10 @@ def summary(experiment, names):
             }
         lines.append(line)
     return f"{markdown_table(lines, titles)}\n\n{caption(experiment, columns, scores)}"
+
+
+def is_begun(experiment, column):
+    return any(experiment.finals(row, column) for row in experiment.rows())
 
 
 def cell_text(found, score, row, num_seeds):
@@ -106,18 +114,20 @@ def describe(values, form):
 def caption(experiment, columns, scores):
     """What a reader must know of a table, and the command that makes it."""
     results = [result for column in columns for row in experiment.rows() for result in experiment.finals(row, column)]
-    if not results:
-        return "Not run yet."
     seeds = sorted({result["seed"] for result in results})
-    commits = sorted({result["commit"] for result in results})
+    commits = sorted({commit for result in results for commit in result["commit"].split(", ")})
     cpu = sum(sum(result["cpu_s"].values()) for result in results) / 3600
     has_chance = any("chance" in score for score in scores)
     chance = " In brackets: the same codes under permuted labels." if has_chance else ""
     return (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {len(results)} cells, {cpu:.1f} CPU-hours "
         f"with their evaluations, commit {', '.join(commits)}.{chance} "
-        f"`python run_experiments.py experiments/{experiment.name}.toml --budget {experiment.budget}`"
+        f"{command_of(experiment)}"
     )
+
+
+def command_of(experiment):
+    return f"`python run_experiments.py experiments/{experiment.name}.toml --budget {experiment.budget}`"
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_the_default_rates_are_those_of_mae_s_recipe(small, monkeypatch):
             run.set_schedule(step)
             groups = run.optimizer.param_groups
             rates.append({name: (g["lr"], g["weight_decay"]) for g in groups for name in g["names"]})
-        return 0.0
+        return {"train_loss": 0.0, "train_lr": run.lr()}
 
     monkeypatch.setattr(finetune, "train_one_epoch", record)
     given = ["--protocol", "finetune", "--batch_size_per_gpu", 20, "--epochs", 60, "--val_freq", 60]

@@ -11,7 +11,7 @@ import torch
 import eval_linear
 import main_cplearn
 from monitor import read_log
-from runs import flags, launch, write_pictures
+from runs import flags, kill_at, launch, write_pictures
 
 LAYER = "backbone.blocks.1.mlp.fc1"
 
@@ -73,10 +73,7 @@ def test_the_layer_of_a_planted_nan_is_named_and_nothing_is_written(tmp_path, gr
 
 def test_a_replay_of_a_healthy_run_says_so_in_one_line(tmp_path):
     words = flags(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=1)
-    job = launch(words, tmp_path)
-    job.wait_for("step 5/")
-    job.signal(signal.SIGUSR2)
-    assert job.wait() == [128 + signal.SIGUSR2]
+    assert launch(words, tmp_path, faults={0: partial(kill_at, 4)}).wait() == [-signal.SIGKILL]
     job = launch(["--replay", tmp_path / "run"], tmp_path)
     assert job.wait() == [2] and "all of them are finite" in job.output()
     job = launch(["--replay", tmp_path / "none"], tmp_path)

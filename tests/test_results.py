@@ -97,6 +97,12 @@ def test_what_is_missing_or_failed_is_said(experiment):
     assert second["linear"] == "failed (1 of 1)"
 
 
+def test_what_has_not_been_run_is_no_table_of_dashes(experiment):
+    command = "`python run_experiments.py experiments/mine.toml --budget short`"
+    assert tables.table(experiment, experiment.columns()[0]) == f"C: not run yet. {command}"
+    assert tables.summary(experiment, ["linear"]) == f"Not run yet. {command}"
+
+
 def test_a_summary_has_the_scores_that_are_named_of_the_data_sets_that_have_any(experiment):
     put(experiment, "A", 0, top1=50.0)
     put(experiment, "A", 1, top1=52.0)
