@@ -28,14 +28,8 @@ from images.listing import (
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
-BARE = (
-    b"1",
-    b"2",
-    b"3",
-    b"4",
-    b"5",
-    b"6",
-)  # links, devices, folders, pipes: no content follows
+EXTENDING = (b"x", b"L", b"K", b"g")  # headers of their own length that say something of the next member
+BARE = tuple(b"%d" % digit for digit in range(1, 7))  # links, devices, folders, pipes: no content follows
 OTHERS = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"5": "", b"6": "pipe", b"g": "", b"S": "sparse"}
 LONGEST_EXTRA = 2**20  # bytes of a header that extends the next one
 
@@ -121,6 +115,13 @@ def add_labels(listing, beside, descriptor):
     listing.passed.update(unused)
 
 
+def length_of(kind, size, extra):
+    """Bytes of content behind a header that says `size`, after headers that have said `extra`."""
+    if kind in BARE:
+        return 0
+    return size if kind in EXTENDING else int(extra.get("size", size))
+
+
 def members(descriptor):
     """(name, type, offset, size) of each member. Raises Broken where the file is cut off or is no tar file."""
     end, offset, extra = os.fstat(descriptor).st_size, 0, {}
@@ -129,7 +130,7 @@ def members(descriptor):
         if len(header) == BLOCK and not header.strip(b"\0"):
             return
         name, kind, size = parse(header, offset)
-        size = 0 if kind in BARE else int(extra.get("size", size)) if kind not in (b"x", b"L", b"K", b"g") else size
+        size = length_of(kind, size, extra)
         data, offset = offset + BLOCK, offset + BLOCK + -(-size // BLOCK) * BLOCK
         if data + size > end:
             raise Broken(f"cut off: a member that begins at byte {data - BLOCK} goes on after the end of the file")

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -54,6 +55,22 @@ def kill_at(step):
         return original(run, batches, at)
 
     main_cplearn.train_one_step = killed
+
+
+@contextlib.contextmanager
+def stopping_at(step):
+    """Inside, main_cplearn.main of this process saves before this step and ends as by Ctrl-C."""
+    original = main_cplearn.train_one_step
+
+    def stop(run, batches, at):
+        if at == step:
+            main_cplearn.save(run, at)
+            raise KeyboardInterrupt
+        return original(run, batches, at)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(main_cplearn, "train_one_step", stop)
+        yield
 
 
 def flags(folder, output_dir, processes=1, **changes):

@@ -22,7 +22,7 @@ from images.levels import fill_in_levels, measure
 from monitor import as_picture, plot_views, read_log
 from pictures import folder_args, make_args, photographs, picture, write
 from pretrained import load_pretrained
-from runs import assert_same_checkpoint, logged
+from runs import assert_same_checkpoint, logged, stopping_at
 from utils import UserError
 
 NOTHING = ("--flip", 0, "--jitter", 0, "--grayscale", 0, "--blur", 0, "--solarize", 0)
@@ -64,24 +64,14 @@ def run(fields, output_dir, **changes):
     main_cplearn.main([*words, "--value_range", "-2000", "3000", "--rotate90", "--no-compile"])
 
 
-def test_signed_images_of_5_channels_train_resume_evaluate_and_export(fields, tmp_path, monkeypatch, capsys):
+def test_signed_images_of_5_channels_train_resume_evaluate_and_export(fields, tmp_path, capsys):
     run(fields, tmp_path / "whole")
     said = capsys.readouterr()
     assert "turns by 90 degrees 0.75, brightness and contrast of each channel 0.8, blur 1/0.1;" in said.out
     assert "channels: 5 of float32" in said.out
     assert "measured on 24 of 24 images: --mean 0." in said.err
-    original, save = main_cplearn.train_one_step, main_cplearn.save
-
-    def disturbed(current, batches, step):
-        if step == 4:
-            save(current, step)
-            raise KeyboardInterrupt
-        return original(current, batches, step)
-
-    monkeypatch.setattr(main_cplearn, "train_one_step", disturbed)
-    with pytest.raises(SystemExit):
+    with stopping_at(4):
         run(fields, tmp_path / "cut")
-    monkeypatch.undo()
     run(fields, tmp_path / "cut", num_workers=2)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")

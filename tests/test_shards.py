@@ -28,7 +28,7 @@ from images import BadImage, open_dataset, open_folder
 from images.reading import Reading
 from images.workers import as_it_is
 from pictures import folder_args, make_args, picture, write
-from runs import assert_same_checkpoint, flags, logged
+from runs import assert_same_checkpoint, flags, logged, stopping_at
 from shards import FORMS, add, parquet, table_of, tars, webdataset, zipped
 from utils import UserError
 
@@ -77,16 +77,7 @@ def train(folder, output_dir, **changes):
 
 def train_in_two_parts(folder, output_dir):
     """Stopped in the middle of the second epoch, and gone on with by other processes."""
-    step, save = main_cplearn.train_one_step, main_cplearn.save
-
-    def stop(run, batches, at):
-        if at == 4:
-            save(run, at)
-            raise KeyboardInterrupt
-        return step(run, batches, at)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(main_cplearn, "train_one_step", stop)
+    with stopping_at(4):
         train(folder, output_dir)
     train(folder, output_dir, num_workers=2)
 
