@@ -37,7 +37,7 @@ from augmentation import (
 from images import DATASETS, BadImage, add_image_arguments
 from images.levels import AUTO, is_auto
 from images.workers import Workers
-from utils import Number, UserError, number_of_environment
+from utils import Number, UserError, leaves_at_once, number_of_environment
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -248,6 +248,19 @@ class TrainLoader:
         if images.data is None:
             dataset = CropDataset(images, self.recipe)
             self.workers = Workers(dataset, args.num_workers, self.device, persistent=True, at_once=accum_steps)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, where):
+        """Ends the workers, where they do not end with this process at once."""
+        if error is None or not leaves_at_once(error):
+            self.close()
+
+    def close(self):
+        """No batch comes any more."""
+        if self.images.data is None:
+            self.workers.close()
 
     def epoch(self, epoch, first_step=0, end=None):
         """Iterates over the Batches of one epoch from step `first_step` on, M for each; those before are not read.

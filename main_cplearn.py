@@ -272,7 +272,8 @@ def train(args):
     run.log = RunLog(args.output_dir, step, run.total_steps, epoch_is_open)
     run.log.forward_to(args.log_to, vars(args))
     describe(run, step)
-    with Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run)) as run.watch, losing_nothing(run):
+    run.watch = Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run))
+    with run.watch, losing_nothing(run), run.loader:
         if epoch_is_open:
             set_schedules(run, step - 1)
             finish_epoch(run, step)

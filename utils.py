@@ -164,7 +164,7 @@ def command_line(main):
         try:
             result = main(*args, **kwargs)
         except BaseException as error:
-            if world_size() > 1 or isinstance(error, Stopped):
+            if leaves_at_once(error):
                 leave(tell(error))
             close_group()
             if isinstance(error, UserError | KeyboardInterrupt):
@@ -177,6 +177,11 @@ def command_line(main):
         return result
 
     return run
+
+
+def leaves_at_once(error):
+    """Whether a script that this error ends has no time to take anything apart."""
+    return world_size() > 1 or isinstance(error, Stopped)
 
 
 def tell(error):
@@ -305,6 +310,12 @@ def reaching_peers():
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
             raise TryAgain(f"MASTER_PORT {port}: the port is in use on {socket.gethostname()}; give another") from None
+        if "Duplicate GPU" in str(error):  # nccl's word; a process that sees one GPU cannot know who else does
+            raise UserError(
+                f"LOCAL_RANK {os.environ.get('LOCAL_RANK', 0)}: several processes have one GPU of "
+                f"{socket.gethostname()}; start one for each GPU of a node: --nproc_per_node of torchrun, --ngpus of "
+                "run_with_submitit.py"
+            ) from None
         if not is_lost_peer(error):
             raise
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -120,6 +120,7 @@ def fit_to_device(args):
 def measure(args, form, folder):
     """{figure: number} of one form of the step; its parts: {part: {figure: number}}; its flags."""
     forget_peak(args.device)
+    torch._dynamo.reset()  # nor for the next form
     run = started(args, form, folder)
     loaded = itertools.chain.from_iterable(run.loader.steps(epoch, 0, sys.maxsize) for epoch in itertools.count())
     batches = next(loaded)
@@ -130,10 +131,12 @@ def measure(args, form, folder):
         memory = memory_mb(run.device)
         augmenting = timed(run, lambda step: run.loader.augment(batches[0], run.device), args.repeats)
         counts, busy = profiled(run, itertools.repeat(batches))
-        floor, gflop = timed_products(run, products(run, batches), args.repeats)
         timed(run, lambda step: main_cplearn.train_one_step(run, next(loaded), step), untimed)
         times = timed_parts(run, loaded, args.repeats)
+        # last: torch 2.11 takes compiled code no more, once a step was watched by a dispatch mode
+        floor, gflop = timed_products(run, products(run, batches), args.repeats)
     finally:
+        run.loader.close()
         main_cplearn.close(run)
         dist.destroy_process_group()
     parts = {part: times[part] | counts[part] for part in PARTS}

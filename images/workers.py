@@ -77,6 +77,14 @@ class Workers:
             print(f"a data worker died ({reason}); starting new ones", flush=True)
             self.loader = self.start()
 
+    def close(self):
+        """Ends the processes, whoever still holds them: a traceback, or a circle. Where pinned batches came from them
+        PyTorch would else wait at the interpreter's end, up to five seconds for each, and nothing would tell them."""
+        batches = getattr(self.loader, "_iterator", None)
+        if batches is not None:
+            batches._shutdown_workers()  # PyTorch has no public way
+        self.loader = None
+
     def begin(self):
         batches = iter(self.loader)  # hears of one that died since the last call
         hear_of_dead_workers_in_next_only()

@@ -1,7 +1,9 @@
 """Training as a user runs it: the run resumed equals the run undisturbed, wrong things stop with one line."""
 
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import subprocess
@@ -179,6 +181,24 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkey
     run(folder, tmp_path / "cut", num_workers=2, **backbone)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("ends", ["well", "by an error"])
+def test_a_run_s_data_workers_end_with_it(folder, tmp_path, monkeypatch, ends):
+    """Whoever holds the run, here this test: with pinned batches PyTorch waits five seconds for each at the end."""
+    held = []
+
+    def fails(run, step):
+        held.append(run)
+        if ends == "by an error":
+            raise NonFiniteLoss("nan")
+        return original(run, step)
+
+    original = main_cplearn.finish_epoch
+    monkeypatch.setattr(main_cplearn, "finish_epoch", fails)
+    with contextlib.nullcontext() if ends == "well" else pytest.raises(NonFiniteLoss):
+        run(folder, tmp_path, num_workers=2, epochs=2)
+    assert held and multiprocessing.active_children() == []
 
 
 def losses(folder):

@@ -193,6 +193,24 @@ def test_a_network_that_does_not_connect_is_an_error_of_its_own(monkeypatch, cap
     assert "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in error and f"127.0.0.1:{port}" in error
 
 
+def test_two_processes_with_one_gpu_are_told_so(monkeypatch, capsys):
+    """In nccl's words, as two processes on one H200 met them; the network is not to blame."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def meet():
+        with utils.reaching_peers():
+            raise torch.distributed.DistBackendError(
+                "NCCL error in: NCCLUtils.cpp:93, invalid usage\nLast error:\n"
+                "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 60"
+            )
+
+    with pytest.raises(SystemExit) as caught:
+        command_line(meet)()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert "LOCAL_RANK 1: several processes have one GPU" in error and "IFNAME" not in error
+
+
 @pytest.fixture
 def nvidia(tmp_path, monkeypatch):
     """A machine with an NVIDIA GPU that torch does not see."""
