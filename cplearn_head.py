@@ -483,7 +483,7 @@ def add_method_arguments(parser):
         "--head_impl",
         choices=HEAD_IMPLS,
         help="form of the loss: dense (with B x K arrays), or without such arrays tiled (by matrix products) or triton "
-        "(CUDA kernels, never run on a GPU yet); auto: the one that wins, said at the start",
+        "(CUDA kernels); auto: the one that wins, said at the start",
     )
     add(
         "--dictionary",

@@ -1,4 +1,4 @@
-"""What a recipe needs on A100s: batch, learning rate, memory, time, disk. Computed on a CPU in a minute, never run.
+"""What a recipe needs on A100s: batch, learning rate, memory, time, disk. Computed on a CPU in a minute.
 
     python -m benchmarks.recipes                                   # the tables of docs/recipes.md
     python -m benchmarks.recipes --arch vit_base --images 1281167 --epochs 300 --effective_batch 1024 --gpus 8 16
@@ -23,6 +23,7 @@ import argparse
 import functools
 import itertools
 import json
+import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Gpu:
 
 A100 = Gpu(312e12, 19.5e12, 1555e9)  # NVIDIA's data sheet, 40 GB; the 80 GB card has 1935 to 2039e9 bytes/s
 RTX_3090 = Gpu(71e12, 35.6e12, 936e9)  # NVIDIA's GA102 whitepaper, sums in float32
+MEASURED_ON = {"NVIDIA H200": Gpu(989e12, 67e12, 4.8e12)}  # PyTorch's name of the card; its data sheet, no sparsity
 LAUNCH = 5e-6  # s; the host needs about as long for one operation, so nothing is quicker (assumed)
 
 # Share of that bound which is reached: least, middle, most; assumed for A100s. timm's published training speeds on an
@@ -235,34 +237,45 @@ def savings(args, arch, num_codes, images=64, parts=4):
 
 
 def compare(paths):
-    """Each row of benchmarks.step's files beside what is computed for it, as a row; times are to the first row's."""
+    """Each row of benchmarks.step's files beside what is computed for it, as a row; times are to the first row's.
+
+    Computed is the dense loss: rows of other forms are passed over, and named."""
     first = None
-    for row, device in ((row, record["device"]) for path in paths for record in [json.loads(path.read_text())]
-                        for row in record["results"].values()):  # fmt: skip
-        flags, figure = row["flags"], "gpu_ms" if device == "cuda" else "cpu_ms"
-        step = Step(flags["arch"], flags["out_dim"], flags["local_crops_number"], flags["grad_checkpointing"],
-                    on_gpu=device == "cuda")  # fmt: skip
-        operations, alive, parameters, _ = step.counted(flags["batch_size_per_gpu"], flags["accum_steps"])
-        computed = alive + 8 * parameters
-        if device == "cpu":  # resident memory; on a GPU benchmarks.step tells what PyTorch has given out
-            computed = FRAGMENTS * computed + LIBRARIES
-        gflop = operations[:, :2].sum() / 1e9
-        milliseconds = sum(part[figure] for part in row["parts"].values())
-        first = first or (milliseconds, gflop)
-        yield {
-            "model": flags["arch"],
-            "batch": flags["batch_size_per_gpu"],
-            "local crops": flags["local_crops_number"],
-            "accum_steps": flags["accum_steps"],
-            "recomputed": "yes" if flags["grad_checkpointing"] else "no",
-            "MB measured": round(row["memory_mb"]),
-            "computed": round(computed / 1e6),
-            "off by": f"{computed / 1e6 / row['memory_mb'] - 1:+.0%}",
-            "GFLOP measured": round(row["gflop"]),
-            "GFLOP computed": round(gflop),
-            "time measured": round(milliseconds / first[0], 2),
-            "time by GFLOP": round(gflop / first[1], 2),
-        }
+    for record in (json.loads(path.read_text()) for path in paths):
+        on_gpu, gpu = record["device"] == "cuda", MEASURED_ON.get(record["machine"].get("gpu"))
+        for name, row in record["results"].items():
+            flags = row["flags"]
+            if flags["head_impl"] not in ("dense", "auto"):
+                print(f"passed over: {name}: --head_impl {flags['head_impl']}; dense is computed", file=sys.stderr)
+                continue
+            step = Step(
+                flags["arch"], flags["out_dim"], flags["local_crops_number"], flags["grad_checkpointing"], on_gpu
+            )
+            operations, alive, parameters, _ = step.counted(flags["batch_size_per_gpu"], flags["accum_steps"])
+            computed = alive + 8 * parameters
+            if not on_gpu:  # resident memory; on a GPU benchmarks.step tells what PyTorch has given out
+                computed = FRAGMENTS * computed + LIBRARIES
+            gflop = operations[:, :2].sum() / 1e9
+            milliseconds = row["step_ms"] if on_gpu else sum(part["cpu_ms"] for part in row["parts"].values())
+            first = first or (milliseconds, gflop)
+            bound = 1e3 * step.seconds(flags["batch_size_per_gpu"], 1, 1, gpu, flags["accum_steps"]) if gpu else None
+            yield {
+                "model": name,
+                "batch": flags["batch_size_per_gpu"],
+                "local crops": flags["local_crops_number"],
+                "accum_steps": flags["accum_steps"],
+                "recomputed": "yes" if flags["grad_checkpointing"] else "no",
+                "MB measured": round(row["memory_mb"]),
+                "computed": round(computed / 1e6),
+                "off by": f"{computed / 1e6 / row['memory_mb'] - 1:+.0%}",
+                "GFLOP measured": round(row["gflop"]),
+                "GFLOP computed": round(gflop),
+                "time measured": round(milliseconds / first[0], 2),
+                "time by GFLOP": round(gflop / first[1], 2),
+                "ms": round(milliseconds, 1),
+                "bound": "" if bound is None else round(bound, 1),
+                "share reached": "" if bound is None else round(bound / milliseconds, 2),
+            }
 
 
 def checkpoint_bytes(parameters, dim, num_codes):

@@ -244,8 +244,8 @@ def choose_loss(head_impl, device, num_images, num_codes, bf16=False, dictionary
 
     head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
     million logits or more, which saves memory and, but for float32 near that size, time, or in bf16 from 16384 codes
-    on, of which dense would make float32 numbers in each step (benchmarks/README.md); else dense. The Triton kernels
-    were never run on a GPU: they are taken only when asked for.
+    on, of which dense would make float32 numbers in each step (benchmarks/README.md); else dense, which on an
+    H200 was the quickest up to 131072 codes. The Triton kernels save memory there and are taken only when asked for.
     num_images: in the joint batch of this process.
     bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
     Raises UserError for a form that cannot run here.

@@ -24,7 +24,7 @@ Sums over shares run in a fixed order: results are the same bits at every call o
 
 The shapes were chosen by compiling for sm_80 (A100) and sm_90 (H100) with Triton 3.6 and 3.8 and reading what ptxas
 says: tensor-core instructions, no spilled registers, shared memory that fits (tests/test_triton_kernels.py). Sizes that
-tiles do not divide spill some tens of bytes a thread. Nothing here was ever run on a GPU; on a CPU the kernels run in
+tiles do not divide spill some tens of bytes a thread. They ran on one H200 (benchmarks/README.md); on a CPU they run in
 Triton's interpreter (TRITON_INTERPRET=1), where only float32 is right. `make gpu` tests and times them on a GPU.
 """
 

@@ -353,9 +353,9 @@ def test_the_budget_of_the_page_is_what_its_command_prints(capsys):
             assert computed == near
 
 
-def test_what_was_measured_stands_beside_what_is_computed(tmp_path):
+def test_what_was_measured_stands_beside_what_is_computed(tmp_path, capsys):
     flags = {"arch": "vit_tiny", "out_dim": 1024, "local_crops_number": 0, "grad_checkpointing": False,
-             "batch_size_per_gpu": 4, "accum_steps": 1}  # fmt: skip
+             "batch_size_per_gpu": 4, "accum_steps": 1, "head_impl": "auto"}  # fmt: skip
     row = {
         "flags": flags,
         "memory_mb": 100,
@@ -363,10 +363,22 @@ def test_what_was_measured_stands_beside_what_is_computed(tmp_path):
         "parts": {"rest": {"cpu_ms": 250}, "backward": {"cpu_ms": 750}},
     }
     slower = row | {"parts": {"rest": {"cpu_ms": 2000}}}
-    (tmp_path / "a.json").write_text(json.dumps({"device": "cpu", "results": {"a": row, "b": slower}}))
+    other = row | {"flags": flags | {"head_impl": "triton"}}
+    results = {"a": row, "b": slower, "c": other}
+    (tmp_path / "a.json").write_text(json.dumps({"device": "cpu", "machine": {}, "results": results}))
     first, second = recipes.compare([tmp_path / "a.json"])
+    assert "passed over: c: --head_impl triton" in capsys.readouterr().err
     _, alive, parameters, _ = Step("vit_tiny", 1024, on_gpu=False).counted(4)
     assert first["computed"] == round(1.1 * (alive + 8 * parameters) / 1e6 + 100)
     assert first["off by"] == f"{first['computed'] - 100:+d}%"
     assert (first["time measured"], second["time measured"], second["time by GFLOP"]) == (1, 2, 1)
     assert first["GFLOP computed"] == pytest.approx(56, abs=1)
+    assert first["share reached"] == ""  # of a CPU
+    record = {"device": "cuda", "machine": {"gpu": "NVIDIA H200"}, "results": {"a": row | {"step_ms": 50.0}}}
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    (on_gpu,) = recipes.compare([tmp_path / "b.json"])
+    card = recipes.Gpu(989e12, 67e12, 4.8e12)  # the data sheet's H200
+    step = Step("vit_tiny", 1024)
+    bound = least_seconds(step.counted(4)[0], card) + least_seconds(recipes.count_augmentation(0)[0] * 4, card)
+    assert on_gpu["bound"] == pytest.approx(1e3 * bound, abs=0.06) and on_gpu["ms"] == 50
+    assert on_gpu["share reached"] == pytest.approx(1e3 * bound / 50, abs=0.006)
