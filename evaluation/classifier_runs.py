@@ -52,12 +52,13 @@ class ClassifierRun:
         """The epochs that are left. train_one_epoch(run, loader, labels): what the log says of an epoch, a dict.
         Returns the ranked classes of `images` after the last one."""
         ranked = None
-        while self.epoch < self.args.epochs:
-            line = {"epoch": self.epoch} | train_one_epoch(self, loader, labels)
-            if self.is_tested() or self.epoch == self.args.epochs - 1:
-                ranked, loss = self.score(images)
-                line |= log_scores(ranked, loss, images)
-            self.finish_epoch(line)
+        with loader:
+            while self.epoch < self.args.epochs:
+                line = {"epoch": self.epoch} | train_one_epoch(self, loader, labels)
+                if self.is_tested() or self.epoch == self.args.epochs - 1:
+                    ranked, loss = self.score(images)
+                    line |= log_scores(ranked, loss, images)
+                self.finish_epoch(line)
         return self.score(images)[0] if ranked is None else ranked  # None: nothing was left to train
 
     def best(self):

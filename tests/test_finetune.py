@@ -1,6 +1,7 @@
 """Fine-tuning as a command: the recipe written out, interrupted runs, several processes, and what it leaves."""
 
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_how_images_were_read_stays_with_the_weights(small, tmp_path):
     settings = load_pretrained(tmp_path / "finetuned.pth").settings
     found = [settings[name] for name in ("value_range", "float_pixels", "img_size", "std", "mean", "arch")]
     assert found == [[0, 4095], True, 24, [0.3] * 3, [0.5] * 3, "vit_mini"]
+
+
+@pytest.mark.parametrize(("protocol", "module"), [("finetune", finetune), ("dino", eval_linear)])
+def test_data_workers_end_with_the_run_though_an_error_s_traceback_holds_them(small, monkeypatch, protocol, module):
+    original = module.train_one_epoch
+
+    def fails(run, loader, labels):
+        original(run, loader, labels)
+        assert multiprocessing.active_children()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "train_one_epoch", fails)
+    given = ["--protocol", protocol, "--batch_size_per_gpu", 20, "--epochs", 2, "--num_workers", 2]
+    with pytest.raises(ZeroDivisionError) as held:
+        eval_linear.main(flags(small, *given, model="mini.pth"))
+    assert held.tb and multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
