@@ -69,7 +69,7 @@ from images import open_dataset
 from images.levels import fill_in_levels
 from monitor import ALIKE, Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
-from optimizer import add_tuning_arguments, build_optimizer, describe_tuning, set_modes
+from optimizer import add_tuning_arguments, build_optimizer, default_lr, describe_tuning, set_modes
 from pretrained import OBJECTIVES, load_backbone
 from report.replay import args_of_run, replay
 from running.loggers import add_logger_arguments, require
@@ -140,7 +140,7 @@ def add_optimization_arguments(parser):
     add("--max_steps", type=positive(int), default=None, help="end (and anneal) after so many steps, for trying things")
     add("--warmup_epochs", type=not_negative(float), default=10, help="linear warm-up of the learning rate")
     add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
-    add("--lr", type=positive(float), default=5e-4, help="learning rate per 256 images, after the warm-up")
+    add("--lr", type=positive(float), help="per 256 images, after the warm-up (default: 5e-4; images up to 64 px 1e-3)")
     add("--min_lr", type=not_negative(float), default=1e-6, help="learning rate at the end; not scaled")
     add("--weight_decay", type=not_negative(float), default=0.04, help="not on biases, norms, cls_token and pos_embed")
     add("--weight_decay_end", type=not_negative(float), default=0.4, help="weight decay at the end of its cosine")
@@ -592,6 +592,7 @@ def build_cplearn(args, backbone, course):
 def check_arguments(args, device):
     """Fill in what depends on the data set and the device, and refuse flags that do not go together."""
     data.resolve_dataset_defaults(args)
+    args.lr = args.lr or default_lr(args.img_size)
     args.precision = choose_precision(args.precision, device)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.log_to is not None:

@@ -12,6 +12,15 @@ from timm.optim import Lars
 
 from utils import Number, UserError, not_negative
 
+SMALL = 64  # px
+
+
+def default_lr(img_size):
+    """Per 256 images. DINO's 5e-4; on small images 1e-3: of four rates, 2.5e-4 to 1.6e-2, the one that is never far
+    from a system's best (experiments/comparison.toml's grids; tests/test_results.py holds it to that)."""
+    return 1e-3 if img_size <= SMALL else 5e-4
+
+
 # ---- a backbone that rests -------------------------------------------------------------------------------------------
 
 

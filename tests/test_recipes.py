@@ -19,6 +19,7 @@ from benchmarks import step as step_benchmark
 from benchmarks.recipes import A100, REACHED, Counter, Step, fused_attention, least_seconds
 from checkpoint import load_checkpoint
 from cplearn_head import CPLearn, CPLearnHead
+from optimizer import default_lr
 from utils import UserError
 
 PAGE = Path(main_cplearn.__file__).parent / "docs" / "recipes.md"
@@ -303,6 +304,7 @@ def test_commands_of_the_page_parse_and_fit_its_tables():
         num_gpus = launch.nodes * launch.ngpus if launch else int(per_node[1]) if per_node else 1
         row = next(row for row in rows[Path(args.output_dir).name] if row["GPUs"] == num_gpus)
         assert args.batch_size_per_gpu == row["batch per GPU"]
+        args.lr = args.lr or default_lr(224)
         assert args.lr * args.batch_size_per_gpu * args.accum_steps * num_gpus / 256 == row["lr at peak"]
         assert args.epochs == row["epochs"] and args.out_dim == row["K"]
         assert args.grad_checkpointing == (row["recomputed"] == "yes") and args.accum_steps == row["accum_steps"]

@@ -10,6 +10,7 @@ from scipy import stats
 
 import main_cplearn
 from experiments import RESULTS, ROOT, Experiment, claims, pages, read_experiment, tables, words_of
+from optimizer import default_lr
 from utils import UserError
 
 PAGE = pages.PAGES[0]
@@ -37,6 +38,38 @@ def test_committed_cells_tell_what_they_were():
         assert "/tmp" not in text and str(Path.home()) not in text, path
         if cell["status"] == "done":
             assert cell["cpu_s"]["train"] > 0 and cell["scores"] and cell["versions"]["torch"], path
+
+
+def grids(flag):
+    """(row, column, values of other flags) -> {value of this one: top-1 of a linear probe on held-out training images};
+    of the comparison's grids, systems without labels."""
+    found = {}
+    for path in (RESULTS / "comparison" / "short" / "grid").glob("*.json"):
+        cell = json.loads(path.read_text())
+        if cell["row"] != "Supervised" and flag in cell["chosen"]:
+            (linear,) = cell["scores"]["linear"]
+            rest = {name: value for name, value in cell["chosen"].items() if name != flag}
+            grid = found.setdefault((cell["row"], cell["column"], json.dumps(rest)), {})
+            grid[cell["chosen"][flag]] = linear["held_out_top1"]
+    return found
+
+
+def test_the_default_rate_of_small_images_is_never_far_from_a_system_s_best():
+    whole = [grid for grid in grids("lr").values() if len(grid) == 4]
+    assert len(whole) >= 15
+    below = {lr: [max(grid.values()) - grid[lr] for grid in whole] for lr in whole[0]}
+    own = below.pop(default_lr(28))
+    assert default_lr(28) == default_lr(32) != default_lr(224) and max(own) < 2.5  # points
+    assert all(statistics.mean(own) < statistics.mean(other) and max(own) < max(other) for other in below.values())
+
+
+def test_the_default_beta_is_near_the_best_of_every_grid():
+    whole = [grid for (row, *_), grid in grids("beta").items() if len(grid) == 3 and row.startswith("CPLearn")]
+    assert len(whole) >= 6
+    nearest = min(whole[0], key=lambda beta: abs(beta - main_cplearn.get_args_parser().parse_args([]).beta))
+    below = {beta: [max(grid.values()) - grid[beta] for grid in whole] for beta in whole[0]}
+    assert nearest == 0.3 and max(below[nearest]) < 1.5  # points
+    assert max(below[nearest]) == min(max(points) for points in below.values())
 
 
 # ---- a table, by hand ------------------------------------------------------------------------------------------------
