@@ -69,7 +69,17 @@ from images import open_dataset
 from images.levels import fill_in_levels
 from monitor import ALIKE, Clock, Recorder, RunLog, diagnose, feature_tensors, memory_mb, read_together
 from objective import NUM_GLOBAL, Course, add_objective_arguments, resolve_objective
-from optimizer import add_tuning_arguments, build_optimizer, default_lr, describe_tuning, set_modes
+from optimizer import (
+    add_optimizer_arguments,
+    add_tuning_arguments,
+    build_optimizer,
+    default_lr,
+    describe_tuning,
+    peak_lr,
+    set_modes,
+    set_schedules,
+    warmup_steps,
+)
 from pretrained import OBJECTIVES, load_backbone
 from report.replay import args_of_run, replay
 from running.loggers import add_logger_arguments, require
@@ -87,7 +97,6 @@ from utils import (
     choose_precision,
     command_line,
     commit,
-    cosine_schedule,
     init_distributed,
     make_folder,
     not_negative,
@@ -120,14 +129,15 @@ def get_args_parser(objectives=OBJECTIVES):
     augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
     add_objective_arguments(parser, objectives)
-    add_optimization_arguments(parser)
+    add_step_arguments(parser)
+    add_optimizer_arguments(parser)
     add_tuning_arguments(parser)
     add_run_arguments(parser)
     return parser
 
 
-def add_optimization_arguments(parser):
-    add = parser.add_argument_group("optimisation").add_argument
+def add_step_arguments(parser):
+    add = parser.add_argument_group("steps").add_argument
     add("--batch_size_per_gpu", type=positive(int), default=64, help="images at once; also fixes tau for tanh")
     add(
         "--accum_steps",
@@ -138,12 +148,6 @@ def add_optimization_arguments(parser):
     )
     add("--epochs", type=positive(int), default=100, help="passes over the images; the paper: 100 on ImageNet-100")
     add("--max_steps", type=positive(int), default=None, help="end (and anneal) after so many steps, for trying things")
-    add("--warmup_epochs", type=not_negative(float), default=10, help="linear warm-up of the learning rate")
-    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
-    add("--lr", type=positive(float), help="per 256 images, after the warm-up (default: 5e-4; images up to 64 px 1e-3)")
-    add("--min_lr", type=not_negative(float), default=1e-6, help="learning rate at the end; not scaled")
-    add("--weight_decay", type=not_negative(float), default=0.04, help="not on biases, norms, cls_token and pos_embed")
-    add("--weight_decay_end", type=not_negative(float), default=0.4, help="weight decay at the end of its cosine")
     add("--clip_grad", type=not_negative(float), default=3.0, help="largest global gradient norm; 0: no clipping")
     add(
         "--precision",
@@ -337,26 +341,6 @@ class Model(nn.Module):
         self.backbone, self.objective = backbone, objective
 
 
-def set_schedules(run, step):
-    args = run.args
-    lr = cosine_schedule(step, run.total_steps, peak_lr(run), args.min_lr, warmup_steps(run))
-    weight_decay = cosine_schedule(step, run.total_steps, args.weight_decay, args.weight_decay_end)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-        if group["decayed"]:
-            group["weight_decay"] = weight_decay
-
-
-def peak_lr(run):
-    return run.args.lr * run.effective_batch / 256
-
-
-def warmup_steps(run):
-    """A run shorter than its warm-up (or nearly) warms up for a tenth of its steps."""
-    asked = round(run.args.warmup_epochs * run.loader.steps_per_epoch)
-    return asked if asked < run.total_steps else run.total_steps // 10
-
-
 def update_weights(run, step):
     """Clip and step, unless the gradient is not finite; returns its global norm, on the device."""
     optimizer, scaler, objective = run.optimizer, run.scaler, run.model.objective
@@ -453,7 +437,7 @@ def describe(run, step):
         f"{describe_batch(run)}; lr {peak_lr(run):.3g} = {args.lr:g} x {run.effective_batch} / 256 after "
         f"{warmup_steps(run)} steps; {args.optimizer}, {decayed:,} parameters decayed, {plain:,} not"
     )
-    for text in describe_tuning(run, warmup_steps(run)):
+    for text in describe_tuning(run):
         say(text)
     if (run.batch_size, run.accum_steps) != (args.batch_size_per_gpu, args.accum_steps):
         say(

@@ -1,7 +1,8 @@
 """Which parameters learn, how fast, and from when on: groups with and without weight decay, a smaller rate for early
 layers, a backbone that rests at first, and the optimizer of all of them.
 
-    optimizer = build_optimizer(args, model)          # its lr is set before each step, times each group's "lr_scale"
+    optimizer = build_optimizer(args, model)
+    set_schedules(run, step)                          # before each step: the rates, times each group's "lr_scale"
     set_modes(run, step)                              # what rests is in evaluation mode
 """
 
@@ -10,15 +11,47 @@ import re
 import torch
 from timm.optim import Lars
 
-from utils import Number, UserError, not_negative
+from utils import Number, UserError, cosine_schedule, not_negative, positive
+
+# ---- rates -----------------------------------------------------------------------------------------------------------
 
 SMALL = 64  # px
+
+
+def add_optimizer_arguments(parser):
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=("adamw", "sgd", "lars"), default="adamw", help="lars for large batches")
+    add("--lr", type=positive(float), help="per 256 images, after the warm-up (default: 5e-4; images up to 64 px 1e-3)")
+    add("--min_lr", type=not_negative(float), default=1e-6, help="learning rate at the end; not scaled")
+    add("--warmup_epochs", type=not_negative(float), default=10, help="linear warm-up of the learning rate")
+    add("--weight_decay", type=not_negative(float), default=0.04, help="not on biases, norms, cls_token and pos_embed")
+    add("--weight_decay_end", type=not_negative(float), default=0.4, help="weight decay at the end of its cosine")
 
 
 def default_lr(img_size):
     """Per 256 images. DINO's 5e-4; on small images 1e-3: of four rates, 2.5e-4 to 1.6e-2, the one that is never far
     from a system's best (experiments/comparison.toml's grids; tests/test_results.py holds it to that)."""
     return 1e-3 if img_size <= SMALL else 5e-4
+
+
+def set_schedules(run, step):
+    args = run.args
+    lr = cosine_schedule(step, run.total_steps, peak_lr(run), args.min_lr, warmup_steps(run))
+    weight_decay = cosine_schedule(step, run.total_steps, args.weight_decay, args.weight_decay_end)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
+
+
+def peak_lr(run):
+    return run.args.lr * run.effective_batch / 256
+
+
+def warmup_steps(run):
+    """A run shorter than its warm-up (or nearly) warms up for a tenth of its steps."""
+    asked = round(run.args.warmup_epochs * run.loader.steps_per_epoch)
+    return asked if asked < run.total_steps else run.total_steps // 10
 
 
 # ---- a backbone that rests -------------------------------------------------------------------------------------------
@@ -61,17 +94,17 @@ def set_modes(run, step):
                 part.eval()
 
 
-def describe_tuning(run, warmup_steps):
+def describe_tuning(run):
     """Lines for the start of a run, where --freeze_backbone_epochs and --layer_decay are given."""
     args, lines = run.args, []
     if steps := steps_at_rest(run):
         lines.append(f"the backbone rests for {steps} steps, in evaluation mode and without gradient")
         if steps >= run.total_steps:
             lines.append("note: these are all steps of the run: the backbone will not learn")
-        elif steps >= warmup_steps:
+        elif steps >= warmup_steps(run):
             lines.append(
-                f"note: the backbone begins after the warm-up of {warmup_steps} steps, at a high learning rate: raise "
-                "--warmup_epochs, or lower --lr"
+                f"note: the backbone begins after the warm-up of {warmup_steps(run)} steps, at a high learning rate: "
+                "raise --warmup_epochs, or lower --lr"
             )
     if args.layer_decay < 1:
         lines.append(f"layer decay {args.layer_decay:g}: lr x {describe_groups(run.optimizer.param_groups)}")

@@ -105,7 +105,7 @@ def test_a_run_learns_and_writes_everything(folder, tmp_path, capsys):
     assert any(name.startswith("events.out.tfevents") for name in names)
     said = capsys.readouterr().out
     assert (
-        "effective batch 8 = 8 x 1; lr 3.12e-05" in said
+        "effective batch 8 = 8 x 1; lr 3.13e-05 = 0.001 x 8 / 256" in said
         and "l2, tau 3.685, beta 0.25" in said
         and "loss: dense, float32" in said
     )
