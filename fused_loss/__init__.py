@@ -244,16 +244,18 @@ def choose_loss(head_impl, device, num_images, num_codes, bf16=False, dictionary
 
     head_impl: "dense"; "tiled"; "triton"; or "auto": tiled where codes are sharded, and on a CPU where one view has a
     million logits or more, which saves memory and, but for float32 near that size, time, or in bf16 from 16384 codes
-    on, of which dense would make float32 numbers in each step (benchmarks/README.md); else dense, which on an
-    H200 was the quickest up to 131072 codes. The Triton kernels save memory there and are taken only when asked for.
+    on, of which dense would make float32 numbers in each step (benchmarks/README.md). On a GPU tiled where one view has
+    2^28 logits: an H200 was quickest with dense, up to 131072 codes, but it takes 30 bytes for a logit of each of two
+    views, then 16 GB, and tiles 2. Else dense. The Triton kernels are taken only when asked for.
     num_images: in the joint batch of this process.
     bf16: matrix products of tiled and triton in bfloat16; everything else is float32.
     Raises UserError for a form that cannot run here.
     """
     compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
     if head_impl == "auto":
-        many = num_images * num_codes >= 2**20 or (compute_dtype == torch.bfloat16 and num_codes >= 2**14)
-        head_impl = "tiled" if sharded or (device.type == "cpu" and many) else "dense"
+        many = num_images * num_codes >= (2**20 if device.type == "cpu" else 2**28)
+        many |= device.type == "cpu" and compute_dtype == torch.bfloat16 and num_codes >= 2**14
+        head_impl = "tiled" if sharded or many else "dense"
     if head_impl == "dense" and sharded:
         raise UserError("--head_impl dense: --shard_codes needs tiled or triton")
     if head_impl == "triton" and (device.type != "cuda" or dictionary != "rademacher"):
