@@ -277,7 +277,7 @@ def train(args):
     run.log.forward_to(args.log_to, vars(args))
     describe(run, step)
     run.watch = Watch(SIGNALS, args.watchdog_s, lambda: save_last_whole_step(run))
-    with run.watch, losing_nothing(run), run.loader:
+    with run.lock or contextlib.nullcontext(), run.watch, losing_nothing(run), run.loader:
         if epoch_is_open:
             set_schedules(run, step - 1)
             finish_epoch(run, step)
@@ -502,6 +502,16 @@ def build_run(args):
     check_arguments(args, device)
     on_rank_zero(make_folder, args.output_dir)
     lock = on_rank_zero(lock_folder, args.output_dir)
+    try:
+        return assemble(args, device, lock)
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def assemble(args, device, lock):
+    """The Run, in a folder that is there and locked; all processes together."""
     earlier = find_earlier(args)
     batch_size, accum_steps = share_of_batch(args, earlier)
     if batch_size * accum_steps * world_size() < 2:

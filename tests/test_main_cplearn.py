@@ -21,7 +21,7 @@ import accumulation
 import main_cplearn
 import monitor
 from backbones import build_backbone
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, lock_folder
 from cplearn_head import CPLearn
 from evaluation import probes
 from main_cplearn import get_args_parser, train
@@ -181,6 +181,17 @@ def test_resumed_run_is_the_undisturbed_run_bit_for_bit(folder, tmp_path, monkey
     run(folder, tmp_path / "cut", num_workers=2, **backbone)
     assert_same_checkpoint(tmp_path / "whole" / "checkpoint.pth", tmp_path / "cut" / "checkpoint.pth")
     assert logged(tmp_path / "whole") == logged(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("where", ["main_cplearn.open_dataset", "main_cplearn.train_one_step"])
+def test_an_error_lets_the_folder_go(folder, tmp_path, monkeypatch, where):
+    """Though its traceback, here the test's, still holds all that there was."""
+    locks = []
+    monkeypatch.setattr(main_cplearn, "lock_folder", lambda folder: locks.append(lock_folder(folder)) or locks[-1])
+    monkeypatch.setattr(where, lambda *args, **settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as held:
+        run(folder, tmp_path)
+    assert held.tb and [lock.closed for lock in locks] == [True]
 
 
 @pytest.mark.parametrize("ends", ["well", "by an error"])
