@@ -88,7 +88,7 @@ def count_step(words):
     """(operations (n, 3), parameters) of a training step with these flags, augmentation and optimizer included."""
     args = main_cplearn.get_args_parser().parse_args([*words, "--precision", "bf16", "--num_workers", "0"])
     if args.objective == "cplearn":
-        args.head_impl = "dense"  # what auto takes on a GPU
+        args.head_impl = "dense"  # what auto takes on a GPU, below fused_loss.MANY_ON_GPU logits
     data.resolve_dataset_defaults(args)
     batch, device = args.batch_size_per_gpu, torch.device("cpu")
     model = main_cplearn.build_model(args, Course(device, batch, 1, steps_per_epoch=1, total_steps=2 * LATE)).train()

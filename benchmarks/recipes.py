@@ -48,6 +48,7 @@ from benchmarks import sharding
 from cplearn_head import CPLearn, CPLearnHead, cplearn_loss
 from data import resolve_dataset_defaults
 from dictionary import Dictionary
+from fused_loss import MANY_ON_GPU
 from utils import UserError
 
 IMAGENET100, IMAGENET = 126_689, 1_281_167  # training images
@@ -137,6 +138,8 @@ def main(args):
 def plan(args, arch, num_codes, images, effective_batch, num_gpus):
     """One run, as a row: {column: value}."""
     step, batch, parts = arrange(args, arch, num_codes, effective_batch // num_gpus, num_gpus)
+    if batch * parts * num_codes >= MANY_ON_GPU:
+        print(f"note: K {num_codes:,}, {num_gpus} GPUs: computed is dense; auto would take tiles", file=sys.stderr)
     seconds = [step.seconds(batch, num_gpus, reached, parts=parts) for reached in reversed(REACHED)]
     loader = batch * parts / (CORES * LOADED[args.local_crops_number > 0])
     hours = [args.epochs * (images // effective_batch) * max(s, loader) / 3600 for s in seconds]
@@ -284,9 +287,9 @@ def checkpoint_bytes(parameters, dim, num_codes):
 
 
 def loss_flops(dim, num_codes, num_views):
-    """FLOP per image of the dense loss, which --head_impl auto takes on a GPU: per view one product with the codes and,
-    as they are frozen, one in the backward pass; 2 F K each, in float32. Without B x K arrays (tiled, triton) two views
-    take 4 or, with other processes, 5, in bf16 (fused_loss.py)."""
+    """FLOP per image of the dense loss, which --head_impl auto takes on a GPU below MANY_ON_GPU logits: per view one
+    product with the codes and, as they are frozen, one in the backward pass; 2 F K each, in float32. Without B x K
+    arrays (tiled, triton) two views take 4 or, with other processes, 5, in bf16 (fused_loss)."""
     return 2 * num_views * 2 * dim * num_codes
 
 

@@ -120,7 +120,7 @@ def fit_to_device(args):
 def measure(args, form, folder):
     """{figure: number} of one form of the step; its parts: {part: {figure: number}}; its flags."""
     forget_peak(args.device)
-    torch._dynamo.reset()  # nor for the next form
+    torch._dynamo.reset()  # the form before has watched its products: see below
     run = started(args, form, folder)
     loaded = itertools.chain.from_iterable(run.loader.steps(epoch, 0, sys.maxsize) for epoch in itertools.count())
     batches = next(loaded)
@@ -133,7 +133,7 @@ def measure(args, form, folder):
         counts, busy = profiled(run, itertools.repeat(batches))
         timed(run, lambda step: main_cplearn.train_one_step(run, next(loaded), step), untimed)
         times = timed_parts(run, loaded, args.repeats)
-        # last: torch 2.11 takes compiled code no more, once a step was watched by a dispatch mode
+        # last: torch 2.11 takes compiled code no more once a dispatch mode has watched a step, until dynamo is reset
         floor, gflop = timed_products(run, products(run, batches), args.repeats)
     finally:
         run.loader.close()

@@ -239,6 +239,9 @@ def merge_over_processes(top, total, centers, best):
     return highest, total, centers, None if best is None else highest_over_processes(top, best)
 
 
+MANY_ON_CPU, MANY_ON_GPU = 2**20, 2**28  # logits of one view, from which on "auto" takes tiles
+
+
 def choose_loss(head_impl, device, num_images, num_codes, bf16=False, dictionary="rademacher", sharded=False):
     """The form of the loss that runs: a function with `cplearn_loss`'s arguments, which `describe_loss` names.
 
@@ -253,7 +256,7 @@ def choose_loss(head_impl, device, num_images, num_codes, bf16=False, dictionary
     """
     compute_dtype = torch.bfloat16 if bf16 and dictionary == "rademacher" else torch.float32
     if head_impl == "auto":
-        many = num_images * num_codes >= (2**20 if device.type == "cpu" else 2**28)
+        many = num_images * num_codes >= (MANY_ON_CPU if device.type == "cpu" else MANY_ON_GPU)
         many |= device.type == "cpu" and compute_dtype == torch.bfloat16 and num_codes >= 2**14
         head_impl = "tiled" if sharded or many else "dense"
     if head_impl == "dense" and sharded:

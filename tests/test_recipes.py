@@ -233,6 +233,13 @@ def test_the_quickest_that_fits_is_chosen(monkeypatch, card, flags, found):
     assert (step.recomputes, *sizes) == found
 
 
+def test_where_auto_would_take_tiles_a_line_says_that_dense_is_computed(capsys):
+    args = recipes.get_parser().parse_args(["--card", "1e6"])
+    for num_codes, said in ((2**22, True), (2**22 - 1, False)):
+        recipes.plan(args, "vit_tiny", num_codes, 1000, 64, 1)
+        assert ("auto would take tiles" in capsys.readouterr().err) == said
+
+
 def test_a_model_that_fits_nowhere_is_refused():
     args = recipes.get_parser().parse_args(["--card", "1"])
     with pytest.raises(UserError, match=r"--card 1: not even two images of vit_tiny at once fit on it; see --budget"):
