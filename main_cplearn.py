@@ -606,7 +606,8 @@ def main(argv=None):
         train(args)
         return
     run = build_run(args_of_run(args))
-    replay(run, resume(run), train_one_step)
+    with run.lock or contextlib.nullcontext(), run.loader:
+        replay(run, resume(run), train_one_step)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """--replay names the layer that loses a number, --on_collapse stop ends a collapsed run, probes are the evaluations."""
 
 import json
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -78,6 +79,14 @@ def test_a_replay_of_a_healthy_run_says_so_in_one_line(tmp_path):
     assert job.wait() == [2] and "all of them are finite" in job.output()
     job = launch(["--replay", tmp_path / "none"], tmp_path)
     assert job.wait() == [2] and "no such folder" in job.output()
+
+
+def test_a_replay_s_data_workers_end_with_it(tmp_path):
+    words = flags(write_pictures(tmp_path / "pictures"), tmp_path / "run", epochs=1, num_workers=2)
+    assert launch(words, tmp_path, faults={0: partial(kill_at, 4)}).wait() == [-signal.SIGKILL]
+    with pytest.raises(SystemExit) as held:  # all is finite
+        main_cplearn.main(["--replay", str(tmp_path / "run")])
+    assert held.tb and multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
