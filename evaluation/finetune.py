@@ -138,11 +138,11 @@ class FinetuneRun(ClassifierRun):
         self.steps_per_epoch, self.total_steps = loader.steps_per_epoch, args.epochs * loader.steps_per_epoch
         asked, tenth = round(args.warmup_epochs * self.steps_per_epoch), self.total_steps // 10
         self.warmup_steps = min(asked, tenth)
-        if asked > tenth:
-            evaluation.note_once(f"--warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
         torch.manual_seed(args.seed)  # the same head on all processes
         backbone = set_drop_path(copy.deepcopy(evaluated.model.backbone), args.drop_path_rate)
         self.model = convert_sync_batchnorm(Classifier(backbone, num_labels, args.precision)).to(device)
+        if asked > tenth:
+            evaluation.note_once(f"--warmup_epochs {args.warmup_epochs:g} is shortened to a tenth of the run")
         scales = lr_scales(backbone, args.layer_decay) if args.layer_decay < 1 else None
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, scales), lr=0.0)
         self.wrapped = wrap(self.model, device)

@@ -15,5 +15,5 @@ def error_of(capsys, command, *arguments, alone=False):
     assert stop.value.code == 2
     lines = but_what_was_opened(capsys.readouterr().err).splitlines()
     assert lines[-1].startswith("error: ") and sum(line.startswith("error") for line in lines) == 1
-    assert not alone or len(lines) == 1
+    assert not alone or len(lines) == 1, lines
     return lines[-1]
