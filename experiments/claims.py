@@ -2,8 +2,9 @@
 
     CLAIMS["beta"](results)          # Markdown, for a block <!-- claim beta --> of docs/results.md
 
-Verdicts: confirmed; not seen at this budget (the numbers go neither way, or too few runs have ended); refuted. A
-difference counts where it is larger than two standard errors of itself: the runs of two rows are taken as two samples.
+Verdicts: confirmed; not seen at this budget (the numbers go neither way, or too few runs have ended); refuted; not
+run. A claim whose runs have not all ended says how many have. A difference counts where it is larger than two standard
+errors of itself: the runs of two rows are taken as two samples.
 """
 
 import math
@@ -13,22 +14,30 @@ from scipy.stats import spearmanr
 
 from evaluation import markdown_table
 from experiments import ROOT, epochs_of, read_experiment, score_of
-from experiments.tables import describe
+from experiments.tables import command_of, describe
 
-CONFIRMED, NOT_SEEN, REFUTED = "confirmed", "not seen at this budget", "refuted"
+CONFIRMED, NOT_SEEN, REFUTED, NOT_RUN = "confirmed", "not seen at this budget", "refuted", "not run"
 COLLAPSES = ("representation", "dimensional", "cluster", "intracluster")
 SIZES = (128, 1024, 16384)
 CPLEARN = [f"CPLearn, {kind}, K = {k}" for kind in ("l2", "tanh", "Hadamard") for k in SIZES]
 CLAIMS = {}
 
 
-def claim(name, says):
-    """A function from folder of results to (verdict, sentences and tables) is a claim of the page under this name."""
+def claim(name, of, says):
+    """A function from folder of results to (verdict, sentences and tables) is a claim of the page under this name. It
+    is asked once runs of the experiment `of` have ended."""
 
     def add(function):
         def told(results):
+            experiment = read_experiment(ROOT / f"{of}.toml", "short", results=results)
+            places = [(row, column) for row in experiment.rows() for column in experiment.columns()]
+            ended = sum(done(result) for place in places for result in experiment.finals(*place))
+            asked = sum(len(experiment.seeds(row)) for row, _ in places)
+            if not ended:
+                return f"**{says}** Verdict: **{NOT_RUN}**. {command_of(experiment)}"
             verdict, text = function(results)
-            return f"**{says}** Verdict: **{verdict}**.\n\n{text}"
+            so_far = "" if ended == asked else f" So far {ended} of {asked} runs: {command_of(experiment)}"
+            return f"**{says}** Verdict: **{verdict}**.{so_far}\n\n{text}"
 
         CLAIMS[name] = told
         return function
@@ -39,13 +48,17 @@ def claim(name, says):
 # ---- more codes ------------------------------------------------------------------------------------------------------
 
 
-@claim("features", "Larger dictionaries give better features (Table 1, Fig. 5).")
+@claim("features", "comparison", "Larger dictionaries give better features (Table 1, Fig. 5).")
 def larger_k_features(results):
     scores = {"20-NN": "knn.top1", "linear": "linear.top1", "10 labels per class": "few.top1"}
     return by_size(results, scores, ".1f")
 
 
-@claim("clusters", "Larger dictionaries give better clusters (Table 1, Fig. 5): here after the correction for chance.")
+@claim(
+    "clusters",
+    "comparison",
+    "Larger dictionaries give better clusters (Table 1, Fig. 5): here after the correction for chance.",
+)
 def larger_k_clusters(results):
     scores = {"codes, AMI": "cluster[codes].ami", "k-means of features, AMI": "cluster[k-means 10].ami"}
     verdict, text = by_size(results, scores, ".3f")
@@ -69,7 +82,7 @@ def by_size(results, scores, form):
 # ---- beta ------------------------------------------------------------------------------------------------------------
 
 
-@claim("beta", "Too large a beta is a cliff (Table 9: 1.0 is best, 1.25 chance level).")
+@claim("beta", "beta", "Too large a beta is a cliff (Table 9: 1.0 is best, 1.25 chance level).")
 def cliff(results):
     lines, places = [], []
     for column, k, cells in runs_of_beta(results):
@@ -82,15 +95,13 @@ def cliff(results):
             {"": f"{column}, K = {k}", "runs": len(cells), "largest beta without collapse": max(whole, default=None),
              "smallest beta with collapse": min(broken, default=None)}
         )  # fmt: skip
-    if not lines:
-        return NOT_SEEN, "Not run yet."
     falls = [broken < math.inf for _, broken in places]
     sharp = [whole >= 1.0 and broken <= 1.5 for whole, broken in places]
     verdict = CONFIRMED if all(sharp) else REFUTED if not any(falls) else NOT_SEEN
     return verdict, as_table(lines)
 
 
-@claim("warning", "(Ours.) K exp(-prior) < min(K, N) / 4 in a logged line tells a collapse of clusters.")
+@claim("warning", "beta", "(Ours.) K exp(-prior) < min(K, N) / 4 in a logged line tells a collapse of clusters.")
 def warning(results):
     counts = {(was, said): 0 for was in (True, False) for said in (True, False)}
     when, last = [], 0
@@ -100,8 +111,6 @@ def warning(results):
             counts[collapsed(result), said is not None] += 1
             when += [] if said is None or not collapsed(result) else [said]
     total = sum(counts.values())
-    if not total:
-        return NOT_SEEN, "Not run yet."
     text = (
         f"{total} runs of `experiments/beta.toml`, on backbones that the limit was not chosen on. Of "
         f"{counts[True, True] + counts[True, False]} that ended in cluster collapse {counts[True, True]} were told"
@@ -141,7 +150,7 @@ def first_warning(result, k):
 # ---- collapse --------------------------------------------------------------------------------------------------------
 
 
-@claim("collapse", "CPLearn suffers none of the four collapses, its rivals do (Fig. 6, 13 to 15).")
+@claim("collapse", "comparison", "CPLearn suffers none of the four collapses, its rivals do (Fig. 6, 13 to 15).")
 def no_collapse(results):
     experiment, lines = comparison(results), []
     for row in experiment.rows():
@@ -153,8 +162,6 @@ def no_collapse(results):
         lines.append({"": row["name"], "runs": len(found)} | counts)
     own = [line for line in lines if line[""] in CPLEARN]
     rivals = [line for line in lines if line[""] not in CPLEARN]
-    if not own or not rivals:
-        return NOT_SEEN, "Not run yet."
     ours, theirs = (sum(line[kind] for line in part for kind in COLLAPSES) for part in (own, rivals))
     verdict = REFUTED if ours else CONFIRMED if theirs else NOT_SEEN
     return verdict, as_table(lines)
@@ -163,7 +170,7 @@ def no_collapse(results):
 # ---- longer runs -----------------------------------------------------------------------------------------------------
 
 
-@claim("longer", "(Ours.) The order after 800 steps holds after 3200.")
+@claim("longer", "longer", "(Ours.) The order after 800 steps holds after 3200.")
 def longer(results):
     experiment, short, lines = read_experiment(ROOT / "longer.toml", "short", results=results), comparison(results), []
     scores = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
@@ -184,12 +191,12 @@ def longer(results):
             }
             lines.append({"": f"{column['name']}, {title}"} | texts)
     if len(kept) < len(lines):
-        return NOT_SEEN, "Not run yet."
+        return NOT_SEEN, as_table(lines)
     text = f"The order of the three is the same by {sum(kept)} of {len(kept)} scores."
     return (CONFIRMED if all(kept) else REFUTED if not any(kept) else NOT_SEEN), f"{text}\n\n{as_table(lines)}"
 
 
-@claim("convergence", "CPLearn converges faster than its rivals (Fig. 16).")
+@claim("convergence", "longer", "CPLearn converges faster than its rivals (Fig. 16).")
 def convergence(results):
     experiment, lines, ahead, behind = read_experiment(ROOT / "longer.toml", "short", results=results), [], [], []
     for column in experiment.columns():
@@ -206,14 +213,14 @@ def convergence(results):
             ahead.append(all(own[i] > max(rival[i] for rival in rivals) for i in early))
             behind.append(all(own[i] < max(rival[i] for rival in rivals) for i in early))
     if not ahead:
-        return NOT_SEEN, "Not run yet."
+        return NOT_SEEN, as_table(lines)
     return (CONFIRMED if all(ahead) else REFUTED if all(behind) else NOT_SEEN), as_table(lines)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
-@claim("activation", "tanh and l2 end equal (Table 4).")
+@claim("activation", "comparison", "tanh and l2 end equal (Table 4).")
 def tanh_and_l2(results):
     experiment, lines, changes = comparison(results), [], []
     scores = {
@@ -241,7 +248,11 @@ def tanh_and_l2(results):
 # ---- the projector's layers ------------------------------------------------------------------------------------------
 
 
-@claim("layers", "Linear and batch norm layers in the projector keep mean and variance of the features (Fig. 7).")
+@claim(
+    "layers",
+    "bare_head",
+    "Linear and batch norm layers in the projector keep mean and variance of the features (Fig. 7).",
+)
 def layers_of_projector(results):
     experiment, lines, kept = read_experiment(ROOT / "bare_head.toml", "short", results=results), [], []
     for column in experiment.columns():
@@ -271,8 +282,8 @@ def layers_of_projector(results):
 REACHED = 0.05  # nats between I and log K; fixed before the runs
 
 
-@claim("theorem1", "The certificate gets small with all codes in use (Theorem 1, K = F, Hadamard codes), and such "
-       "features are better.")  # fmt: skip
+@claim("theorem1", "theorem1", "The certificate gets small with all codes in use (Theorem 1, K = F, Hadamard codes), "
+       "and such features are better.")  # fmt: skip
 def theorem1(results):
     experiment, lines, reached, pairs = read_experiment(ROOT / "theorem1.toml", "short", results=results), [], {}, []
     for column in experiment.columns():
@@ -294,8 +305,6 @@ def theorem1(results):
                 sample = [score_of(r, f"collapse.{name}") for r in found]
                 line[name.replace("_", " ")] = mean_and_spread(sample, form)
             lines.append(line | {"20-NN": mean_and_spread([score_of(r, "knn.top1") for r in found], ".1f")})
-    if not lines:
-        return NOT_SEEN, "Not run yet."
     told = [
         f"{column}: log K - I below {REACHED} nats with all K codes in use for K = "
         f"{', '.join(str(k) for k, betas in sizes.items() if any(betas)) or 'none'} of {', '.join(map(str, sizes))}"
@@ -327,7 +336,7 @@ FEWEST_RUNS = 5  # that a rank correlation is made of
 WITH_LABELS = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
 
 
-@claim("choice", "(Ours.) What needs no labels ranks runs as scores with labels do.")
+@claim("choice", "comparison", "(Ours.) What needs no labels ranks runs as scores with labels do.")
 def choice(results):
     lines, within = [], {name: [] for name in WITHOUT_LABELS}
     for column, system, found in runs_by_system(results):
@@ -342,7 +351,7 @@ def choice(results):
         lines += [line] if len(found) >= FEWEST_RUNS else []
     means = {name: statistics.fmean(found) for name, found in within.items() if found}
     if not means:
-        return NOT_SEEN, "Not run yet."
+        return NOT_SEEN, as_table(lines)
     text = "Mean over systems of Spearman's rank correlation within a system: " + ", ".join(
         f"{name} {value:.2f}" for name, value in sorted(means.items(), key=lambda item: -item[1])
     )
