@@ -122,6 +122,7 @@ MORE = {  # what is added to a command, so that it takes seconds
     "export_backbone.py": [],
     "-c": [],
     "benchmarks.sharding": [],
+    "benchmarks.accumulation": ["--images", "16", "--batch", "8", "--parts", "1", "2", "--repeats", "1"],
 }
 NOT_RUN = {  # and why
     r"^make ": "run by .ci/run, or by people: minutes, and an environment of its own",
@@ -226,5 +227,5 @@ def test_a_command_runs_as_it_is_printed(command, here):
     make_given_files(command, here)
     environment = os.environ | command.variables | {"HOME": str(here), "OMP_NUM_THREADS": "1"}
     words = arranged(command, here)
-    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
