@@ -110,13 +110,6 @@ def add_augmentation_arguments(parser):
         help="side of the local crops in pixels; default 96 at --img_size 224, else in that proportion, to a multiple "
         "of --patch_size",
     )
-    add(
-        "--max_bad_images",
-        type=Number(float, least=0, most=1),
-        default=0.01,
-        help="the run ends when more than this fraction of the images cannot be read; until then another image takes "
-        "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad",
-    )
 
 
 def add_probability_arguments(parser):

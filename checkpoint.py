@@ -43,6 +43,7 @@ from utils import (
     commit,
     is_lost_peer,
     is_restart,
+    not_negative,
     on_rank_zero,
     one_line,
     rank,
@@ -50,6 +51,17 @@ from utils import (
 )
 
 FORMAT = "cplearn 2"
+
+
+def add_checkpoint_arguments(parser):
+    add = parser.add_argument_group("checkpoints, and going on from them").add_argument
+    add("--resume", default=None, metavar="PATH", help="where the output_dir has no checkpoint, go on from this one")
+    add("--no-resume", dest="no_resume", action="store_true",
+        help="set the output_dir's earlier run aside, and start anew")  # fmt: skip
+    add("--allow_changed_flags", action=argparse.BooleanOptionalAction, default=False,
+        help="go on although flags that change the result differ from the checkpoint's")  # fmt: skip
+    add("--saveckp_freq", type=not_negative(int), default=20,
+        help="keep checkpoint0020.pth, ... every so many epochs; 0: none")  # fmt: skip
 
 
 def checkpoint_path(args):

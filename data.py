@@ -54,45 +54,13 @@ class Level(Number):
 MEAN, STD = Level(float, least=0, most=1), Level(float, above=0, most=1)
 
 
-class OneOrSeveral(argparse.Action):
-    """Of nargs="+": a single value stays itself."""
-
-    def __call__(self, parser, args, values, option_string=None):
-        setattr(args, self.dest, values if len(values) > 1 else values[0])
-
-
 def add_dataset_arguments(parser):
     """Adds the flags that say which images are read and in what form the network gets them.
 
     None stands for "depends on the data set", see `resolve_dataset_defaults`.
     """
-    add = parser.add_argument
-    add(
-        "--dataset",
-        default="fashion_mnist",
-        choices=sorted(DATASETS),
-        help="imagefolder: your own images, whatever --data_path holds; the others: small known sets, kept in memory",
-    )
-    add(
-        "--data_path",
-        nargs="+",
-        action=OneOrSeveral,
-        default=None,
-        metavar="PATH[:WEIGHT]",
-        help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), a text file "
-        "with one path per line, or shards (.tar, .zip, .parquet, .arrow, .h5) or a folder of these; train/ and val/ "
-        "(or test/) in it are found; hf://NAME asks Hugging Face's hub. Several of them are one set: of A B:0.5 an "
-        "epoch draws each image of A once and every second of B. Other data sets: where their files are, or where to "
-        "download them to",
-    )
     add_image_arguments(parser)
-    add(
-        "--class_list",
-        default=None,
-        metavar="FILE",
-        help="keep only the classes named in this file, one per line or separated by blanks; imagenet100_classes.txt "
-        "makes ImageNet-100 out of ImageNet",
-    )
+    add = parser.add_argument
     add(
         "--img_size",
         type=Number(int, least=1, most=2**15),
@@ -124,6 +92,18 @@ def add_dataset_arguments(parser):
         help="processes that decode and crop, per training process; default 10, or this process's share of the cpus if "
         "that is less. Raise it when the log shows time spent waiting for data; 0 decodes in the training process. "
         "Sets in memory need none",
+    )
+
+
+def add_loader_arguments(parser):
+    """Adds the flags of a `TrainLoader` that evaluations do without."""
+    add = parser.add_argument
+    add(
+        "--max_bad_images",
+        type=Number(float, least=0, most=1),
+        default=0.01,
+        help="the run ends when more than this fraction of the images cannot be read; until then another image takes "
+        "the place of a bad one. 0 tolerates none; raise it only if you know why they are bad",
     )
 
 

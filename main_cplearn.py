@@ -49,6 +49,7 @@ from backbones import (
 )
 from batch_norm import convert_sync_batchnorm
 from checkpoint import (
+    add_checkpoint_arguments,
     buffers_before_step,
     checkpoint_path,
     copy_is_due,
@@ -126,6 +127,7 @@ def get_args_parser(objectives=OBJECTIVES):
         resolve=lambda args: resolve_objective(resolve_backbone_defaults(args), objectives),
     )
     data.add_dataset_arguments(parser)
+    data.add_loader_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     add_backbone_arguments(parser)
     add_objective_arguments(parser, objectives)
@@ -133,6 +135,7 @@ def get_args_parser(objectives=OBJECTIVES):
     add_optimizer_arguments(parser)
     add_tuning_arguments(parser)
     add_run_arguments(parser)
+    add_checkpoint_arguments(parser)
     return parser
 
 
@@ -175,19 +178,6 @@ def add_run_arguments(parser):
         default=0,
         help="of weights, dictionary, order and augmentation",
     )
-    add("--resume", default=None, metavar="PATH", help="where the output_dir has no checkpoint, go on from this one")
-    add(
-        "--no-resume",
-        dest="no_resume",
-        action="store_true",
-        help="set the output_dir's earlier run aside, and start anew",
-    )
-    add(
-        "--allow_changed_flags",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="go on although flags that change the result differ from the checkpoint's",
-    )
     add(
         "--save_every_minutes",
         type=not_negative(float),
@@ -200,12 +190,6 @@ def add_run_arguments(parser):
         default=600,
         help="seconds without a step after which a process shows where it hangs and ends with exit code 75, so that "
         "the launcher starts the run again; 0: never",
-    )
-    add(
-        "--saveckp_freq",
-        type=not_negative(int),
-        default=20,
-        help="keep checkpoint0020.pth, ... every so many epochs; 0: none",
     )
     add("--log_every", type=positive(int), default=50, help="steps per logged line; each costs one wait for the device")
     add(

@@ -38,8 +38,42 @@ DATASETS = {
 }
 
 
+class OneOrSeveral(argparse.Action):
+    """Of nargs="+": a single value stays itself."""
+
+    def __call__(self, parser, args, values, option_string=None):
+        setattr(args, self.dest, values if len(values) > 1 else values[0])
+
+
 def add_image_arguments(parser):
-    parser.add_argument(
+    """Adds the flags that say which images are read, and how their files become pixels."""
+    add = parser.add_argument
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        choices=sorted(DATASETS),
+        help="imagefolder: your own images, whatever --data_path holds; the others: small known sets, kept in memory",
+    )
+    add(
+        "--data_path",
+        nargs="+",
+        action=OneOrSeveral,
+        default=None,
+        metavar="PATH[:WEIGHT]",
+        help="imagefolder: a folder of class folders, a folder of images without labels (flat or nested), a text file "
+        "with one path per line, or shards (.tar, .zip, .parquet, .arrow, .h5) or a folder of these; train/ and val/ "
+        "(or test/) in it are found; hf://NAME asks Hugging Face's hub. Several of them are one set: of A B:0.5 an "
+        "epoch draws each image of A once and every second of B. Other data sets: where their files are, or where to "
+        "download them to",
+    )
+    add(
+        "--class_list",
+        default=None,
+        metavar="FILE",
+        help="keep only the classes named in this file, one per line or separated by blanks; imagenet100_classes.txt "
+        "makes ImageNet-100 out of ImageNet",
+    )
+    add(
         "--value_range",
         type=utils.Number(float),
         nargs=2,
@@ -48,7 +82,7 @@ def add_image_arguments(parser):
         help="raw values that become black and white in images of more than 8 bits, such as 0 4095 for 12 bits kept in "
         "16; floats, 32-bit and signed integers need it. Default: 0 65535 for 16 bits",
     )
-    parser.add_argument(
+    add(
         "--pages",
         choices=PAGES,
         default=None,
@@ -56,7 +90,7 @@ def add_image_arguments(parser):
         "each is an image of its own (of an .npy then the first axis counts images). Default: first for 1 and 3 "
         "channels, else channels",
     )
-    parser.add_argument(
+    add(
         "--float_pixels",
         action=argparse.BooleanOptionalAction,
         default=None,

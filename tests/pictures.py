@@ -15,6 +15,7 @@ def make_args(*flags, **changes):
     parser = ArgumentParser("test.py", "")
     parser.add_argument("--patch_size", type=int, default=16)  # backbones.py's
     data.add_dataset_arguments(parser)
+    data.add_loader_arguments(parser)
     augmentation.add_augmentation_arguments(parser)
     args = parser.parse_args([str(flag) for flag in flags])
     vars(args).update(seed=0, **changes)

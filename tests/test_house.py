@@ -87,6 +87,41 @@ def test_inside_a_package_there_is_no_circle_either():
             left = {(a, b) for a, b in left if b not in ends}
 
 
+READ_BY_OTHERS = {  # flags whose own file does not name them in code
+    "knn_every": "probes.py puts it together, of a name and _every",
+    "linear_every": "probes.py puts it together, of a name and _every",
+    "log_to": "loggers.py is given its value",
+    "device": "of all evaluations, by pretrained.py; each script gives it to utils.py",
+}
+
+
+def defined_and_read(path):
+    """(flags that a file defines, names that it reads: attributes of args, and words that may be given to getattr)."""
+    defined, read, inside = set(), set(), set()
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    for call in nodes:
+        words = [a.value for a in call.args if isinstance(a, ast.Constant)] if isinstance(call, ast.Call) else []
+        flags = [word for word in words if isinstance(word, str) and word.startswith("--")]
+        if flags and getattr(call.func, "id", getattr(call.func, "attr", "")) in ("add", "add_argument"):
+            given = {key.arg: key.value for key in call.keywords}
+            defined.add(given["dest"].value if "dest" in given else flags[0][2:].replace("-", "_"))
+            inside |= set(ast.walk(call))
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            read |= {node.attr} if owner in ("args", "own") else set()
+        elif isinstance(node, ast.Constant) and node not in inside:
+            read.add(node.value)
+    return defined, read
+
+
+def test_a_flag_stands_in_a_file_that_reads_it():
+    found = {str(path.relative_to(ROOT)): defined_and_read(path) for path in files()}
+    assert len({flag for defined, _ in found.values() for flag in defined}) > 100
+    strangers = {flag: name for name, (defined, read) in found.items() for flag in defined - read}
+    assert strangers.keys() == READ_BY_OTHERS.keys(), strangers
+
+
 def test_no_file_is_longer_than_620_lines():
     assert {str(path): n for path in files() if (n := len(path.read_text().splitlines())) > 620} == {}
 
