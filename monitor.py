@@ -228,7 +228,12 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {line['train_loss']:.4f}, {speed}", refresh=False)
             return
-        names = ("train_loss", *terms_of(line), "train_lr", "codes_used", "rankme")
+        if is_cplearns(line):  # terms whose sum is the loss
+            line = line | {"beta x invariance": line["train_loss"] - line["train_prior"]}
+            terms = ("beta x invariance", "train_prior")
+        else:
+            terms = terms_of(line)
+        names = ("train_loss", *terms, "train_lr", "codes_used", "rankme")
         shown = [f"{n.removeprefix('train_')} {line[n]:.4g}" for n in names if line.get(n) is not None]
         left = (time.monotonic() - self.started) / (line["step"] - self.first_step) * (self.total_steps - line["step"])
         self.print(f"step {line['step']}/{self.total_steps}  {'  '.join(shown)}  {speed}  {hours(left)} left")
@@ -249,11 +254,15 @@ class RunLog:
 
 
 def terms_of(line):
-    """Names of the loss's terms in a logged line; beside a prior, which a panel sets it against, entropy is none."""
-    others = {"train_loss", "train_lr", "train_wd", "train_grad_norm"} | (
-        {"train_entropy"} if "train_prior" in line else set()
-    )
+    """Names of the loss's terms in a logged line; entropy is none where a panel sets it against the prior."""
+    others = {"train_loss", "train_lr", "train_wd", "train_grad_norm"}
+    others |= {"train_entropy"} if "information" in line or is_cplearns(line) else set()
     return [name for name in line if name.startswith("train_") and name not in others]
+
+
+def is_cplearns(line):
+    """Whether a logged line is of CPLearn's loss, which is beta x invariance + prior and has a bound."""
+    return "gap" in line
 
 
 def keep_tensorboard_quiet(args):
@@ -450,9 +459,9 @@ PANELS = {
         "prior": lambda line: line["train_prior"],
     }),
     "codes": (0, {
-        "in use": lambda line: line["codes_used"],
-        "perplexity": lambda line: line["perplexity"],
-        "perplexity within a batch": lambda line: line["batch_perplexity"],
+        "in use: likeliest of an image": lambda line: line["codes_used"],
+        "perplexity of mean p": lambda line: line["perplexity"],
+        "perplexity of a batch's mean p": lambda line: line["batch_perplexity"],
     }),
     "effective rank of the features (RankMe)": (0, {"RankMe": lambda line: line["rankme"]}),
     "spread of the features (0: all alike; at most 1)": (0, {"spread": lambda line: line["spread"]}),
@@ -472,12 +481,15 @@ def panels_of(lines):
 
 
 def panels_for(line):
-    """PANELS, or another objective's loss and terms in place of CPLearn's, by the names in a line."""
-    if not line or line.keys() >= {"train_prior", "train_invariance"}:
+    """PANELS, by the names in a line; of another objective its loss and terms stand in place of CPLearn's, for how it
+    weighs them is its own."""
+    _, information_panel, *others = PANELS.items()
+    if not line or is_cplearns(line):
         return PANELS
     terms = {name.removeprefix("train_"): operator.itemgetter(name) for name in terms_of(line)}
-    panels = {"loss": (None, {"loss": operator.itemgetter("train_loss")}), "terms of the loss": (None, terms)}
-    return panels | dict(list(PANELS.items())[2:])
+    panels = {"loss": (None, {"loss": operator.itemgetter("train_loss")})}
+    panels |= {"terms of the loss, before they are weighed": (None, terms)}
+    return panels | dict([information_panel] if "information" in line else []) | dict(others)
 
 
 def points_of(curves, lines):

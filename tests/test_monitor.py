@@ -189,8 +189,23 @@ def test_panels_are_those_that_an_objective_has_numbers_for():
     common |= {"rankme": 3.0, "spread": 0.5}
     vicreg = common | {"train_variance": 0.7, "train_covariance": math.nan}
     dino = common | {"train_entropy": 1.0, "codes_used": 5, "perplexity": 4.0}
-    cplearn = dino | {"train_invariance": 1.0, "train_prior": 0.5, "num_codes": 8}
-    assert list(panels_of([vicreg]))[:3] == ["loss", "terms of the loss", "effective rank of the features (RankMe)"]
-    assert panels_of([vicreg])["terms of the loss"][1].keys() == {"variance", "covariance"}
-    assert panels_of([dino])["terms of the loss"][1] == {"entropy": [(50, 1.0)]} and len(panels_of([dino])) == 6
+    cplearn = dino | {"train_invariance": 1.0, "train_prior": 0.5, "num_codes": 8, "information": 0.6, "gap": 1.5}
+    gedi = cplearn | {"train_generative": 3.0}  # of which the loss is made too, by weights of its own
+    del gedi["gap"]
+    terms = "terms of the loss, before they are weighed"
+    assert list(panels_of([vicreg]))[:3] == ["loss", terms, "effective rank of the features (RankMe)"]
+    assert panels_of([vicreg])[terms][1].keys() == {"variance", "covariance"}
+    assert panels_of([dino])[terms][1] == {"entropy": [(50, 1.0)]} and len(panels_of([dino])) == 6
     assert panels_of([cplearn]).keys() == PANELS.keys() == panels_of([]).keys()
+    first, second, third, *_ = panels_of([gedi]).items()
+    assert first == ("loss", (None, {"loss": [(50, 2.0)]}))
+    assert (second[0], second[1][1].keys()) == (terms, {"invariance", "prior", "generative"})
+    assert third[0].startswith("information") and third[1][1].keys() == {"log K", "entropy of p", "information", "prior"}
+
+
+def test_the_terms_that_a_terminal_shows_add_up_to_the_loss(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, 100)
+    line = {"kind": "step", "step": 10, "train_loss": 1.5, "train_invariance": 4.0, "train_prior": 0.5, "gap": 1.0}
+    log.write(line | {"train_lr": 0.1, "images_per_s": 5.0})
+    log.close()
+    assert "loss 1.5  beta x invariance 1  prior 0.5  lr 0.1" in capsys.readouterr().out
