@@ -1,12 +1,10 @@
-"""Gradients of one step, exactly those of the joint batch, however many micro-batches it comes in.
+"""Gradients of one step, exactly the joint batch's, however many micro-batches it comes in.
 
     rows_m = first half of micro-batch m (each image by itself)     loss = second half of all rows (the joint batch)
     d loss / d backbone = sum over m of (d rows_m / d backbone)^T (d loss / d rows_m)      for any loss; nothing is
                                                                                            divided by M anywhere
     work of M micro-batches, a backward pass being two forward passes: 3 + (M - 1) / M instead of 3
     memory: the graph of one micro-batch, the rows of all, the second half on them
-
-Here is also which parameters these gradients move, and how far: the optimizer, its groups, a backbone that rests.
 
 Micro-batch m of rank r draws what process r M + m of a run without micro-batches would draw: M micro-batches on one
 process are M processes, with drop path, pixel noise and all. `run` is main_cplearn's Run.

@@ -195,7 +195,7 @@ def build_backbone(
     drop_path_rate: stochastic depth in [0, 1); None means 0.1 for the ViTs of `ARCHS` and 0 for the others.
     width: channels of resnet8, its embed_dim; None means 128.
     grad_checkpointing: recompute activations in the backward pass.
-    num_heads: attention heads of a ViT; None means those of its name.
+    num_heads: attention heads of a ViT; None means the number that goes with its name.
     parts: other arguments of a ViT's constructor, see `vision_transformer.VisionTransformer`.
     Raises UserError for an unknown name (with the close ones) and for a setting that the backbone has no use for.
     """

@@ -186,9 +186,9 @@ class CPLearnHead(nn.Module):
         """Backbone features (B, D) -> the code of each image (B,) int64, with the running statistics of batch norm."""
         was_training = self.training
         with torch.autocast(x.device.type, enabled=False):
-            codes = nearest_code(self.eval()(x), self.dictionary)
+            assignments = nearest_code(self.eval()(x), self.dictionary)
         self.train(was_training)
-        return codes
+        return assignments
 
     def extra_repr(self):
         return f"activation={self.activation}, tau={self.tau:.4g}"

@@ -110,8 +110,8 @@ def add_loader_arguments(parser):
 def resolve_dataset_defaults(args):
     """Fills in, in place, every flag of the data set that is None, and checks the values.
 
-    args: a namespace with the flags of `add_dataset_arguments`; those of augmentation.py are resolved too if the caller
-    has them. Returns args. Raises UserError for a value that makes no sense.
+    args: a namespace with the flags of `add_dataset_arguments`; the flags of augmentation.py are resolved too if the
+    caller has them. Returns args. Raises UserError for a value that makes no sense.
     """
     known = DATASETS[args.dataset]
     if args.img_size is None:
@@ -224,7 +224,7 @@ class TrainLoader:
                 f"{self.plan.num_drawn} images do not fill one batch of {self.plan.images_per_step} "
                 f"({batch_size * accum_steps} on each of {world_size} processes): lower the batch size or add images"
             )
-        self.coming = None  # (number in the run, end of the run) of the micro-batch that `stream` gives next
+        self.coming = None  # (number in the run, end of the run) of the micro-batch that `running` gives next
         if images.data is None:
             dataset = CropDataset(images, self.recipe)
             self.workers = Workers(dataset, args.num_workers, self.device, persistent=True, at_once=accum_steps)
@@ -263,11 +263,11 @@ class TrainLoader:
             yield step
 
     def batch(self, number, end):
-        """The micro-batch of that number in the run, the next one of the stream; or a new stream begins at it."""
+        """The micro-batch of that number in the run, the next one of those on their way; or others begin at it."""
         if self.coming != (number, end):
-            self.stream = self.batches(number, end)
+            self.running = self.batches(number, end)
         self.coming = number + 1, end
-        return next(self.stream)
+        return next(self.running)
 
     def batches(self, number, end):
         plan, images, device = self.plan, self.images, self.device  # not self: a circle would keep the workers alive

@@ -7,7 +7,7 @@
 Of the training images, patches are drawn, each with the class of most of its pixels; k-NN and a linear classifier are
 made from them. Both name the class of each patch of the validation images, each pixel has its patch's class, and is
 compared with the mask at the mask's own size. Nothing is interpolated, so borders are as coarse as the patches: numbers
-lie below those of papers that interpolate the classifier's output.
+lie below the scores of papers that interpolate the classifier's output.
 
 Writes results_dense.json (with the IoU of each class), results_dense.md and dense_<model>.png: images, masks, both
 segmentations, and k-means of the patch features, which needs no label. It works in one process; others end at once.

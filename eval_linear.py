@@ -14,7 +14,7 @@ fast    features of each image once; a grid of learning rates and weight decays 
         chosen by a tenth of the training images
 adam    the same features; the CPLearn paper's protocol for small sets (Appendix I)
 few     the same features; logistic regression on a few labelled training images of each class. Scores are means over
-        several draws of these images, the same for all models, with the standard deviation over the draws
+        several draws of these images, alike for all models, with the standard deviation over the draws
 dino    as DINO's eval_linear.py: a new random crop of each training image in every epoch, SGD, features of the last
         four blocks. Its head, optimizer and log are kept after each epoch, and the same command goes on there
 finetune  the backbone learns too: AdamW, layer decay, mixup and cutmix (evaluation/finetune.py); resumable as dino is

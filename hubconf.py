@@ -91,7 +91,7 @@ def _is_at(module, path):
 
 
 def _pop_modules(names):
-    """Those of these names, with what packages among them hold."""
+    """The modules of these names, with what packages among them hold."""
     return {name: _sys.modules.pop(name) for name in list(_sys.modules) if name.split(".")[0] in names}
 
 

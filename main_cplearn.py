@@ -189,9 +189,9 @@ def add_run_arguments(parser):
         type=not_negative(float),
         default=600,
         help="seconds without a step after which a process shows where it hangs and ends with exit code 75, so that "
-        "the launcher starts the run again; 0: never",
+        "the launcher starts the run again: 10 or more; 0: never",
     )
-    add("--log_every", type=positive(int), default=50, help="steps per logged line; each costs one wait for the device")
+    add("--log_every", type=positive(int), default=50, help="steps per logged line, which waits for the device")
     add(
         "--on_collapse",
         choices=("warn", "stop"),
@@ -349,7 +349,8 @@ def update_weights(run, step):
 
 
 def log_step(run, step, features, clock):
-    """Averages since the last line, and what this step's features look like: two waits for the device."""
+    """Averages since the last line, and what this step's features look like: two waits for the device,
+    and on a GPU a third, of the routine that finds RankMe's eigenvalues."""
     run.recorder.read(may_overflow=run.may_overflow)
     averages = run.recorder.line.take()
     images = run.effective_batch

@@ -308,7 +308,8 @@ def feature_statistics(features):
 def feature_tensors(features):
     """Of backbone features (N, D): mean and standard deviation (Fig. 7 of arXiv 2410.04959: the first over all entries,
     the second over images, averaged over features), `spread` = rms distance from the mean feature over rms length, in
-    [0, 1], and RankMe of at most 1024 rows with that many rows beside it. Tensors of one number, not waited for."""
+    [0, 1], and RankMe of at most 1024 rows with the largest that it could be. Tensors of one number, not waited for,
+    but for the eigenvalues in RankMe: on a GPU their routine waits by itself."""
     features = features.float()
     centered = features - features.mean(dim=0)
     rows = features[:MAX_FEATURE_ROWS]
@@ -561,18 +562,19 @@ class Clock:
             yield item
 
 
-def within_code_variance(features, codes):
-    """Variance of features (N, D) among rows that share a code (N,), over the variance among all rows: one number, a
-    tensor, not waited for.
+def within_code_variance(features, assignments):
+    """Variance of features (N, D) among rows that share a code, assignments (N,), over the variance among all rows: one
+    number, a tensor, not waited for.
 
     Both unbiased, so 1 means that codes say nothing about features and 0 that a code's images coincide. NaN where no
     two rows share a code."""
-    codes, order = codes.sort()
+    assignments, order = assignments.sort()
     features = features.float()[order]
-    begins = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-    begins[1:] = codes[1:] != codes[:-1]
+    begins = torch.ones(len(assignments), dtype=torch.bool, device=assignments.device)
+    begins[1:] = assignments[1:] != assignments[:-1]
     group = begins.cumsum(0) - 1  # (N,) from 0; how many there are is known on the device only
-    count = torch.zeros(len(codes), device=codes.device).index_add_(0, group, torch.ones_like(features[:, 0]))
+    ones = torch.ones_like(features[:, 0])
+    count = torch.zeros_like(ones).index_add_(0, group, ones)
     sums = torch.zeros_like(features).index_add_(0, group, features)
     within = (features - (sums / count.clamp(min=1)[:, None])[group]).square().sum()
     total = (features - features.mean(dim=0)).square().sum()

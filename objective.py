@@ -83,8 +83,8 @@ class Objective(nn.Module):
         """Second half: rows of all micro-batches of this process, each (M B, ...) -> loss, terms.
 
         generator: the same on all processes.  Returns (scalar, dict of scalars), in float32 or
-        float64, outside autocast: such that averaged over processes, as DDP averages the gradients, they are those of
-        the joint batch of all processes."""
+        float64, outside autocast: such that averaged over processes, as DDP averages the gradients, they are loss and
+        terms of the joint batch of all processes."""
         raise NotImplementedError
 
     def before_step(self, step, backbone):

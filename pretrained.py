@@ -175,8 +175,8 @@ def load_pretrained(
     arch, patch_size, in_chans: by default what the file says, or what the tensors' shapes say of a ViT.
     img_size: side in pixels of the images to come, not of those in training. A ViT's position embedding keeps the
         size it has in the file and is interpolated where the images differ (bicubic, with antialiasing).
-    num_heads: of a ViT; by default what the file says or is known of its method, else those of its arch: shapes do not
-        tell, and another number is another network.
+    num_heads: of a ViT; by default what the file says or is known of its method, else its arch's: shapes do not tell,
+        and another number is another network.
     random_weights: leave the backbone as torch's generator made it, without a head: the baseline of any evaluation.
     training: drop_path_rate and grad_checkpointing, for a backbone that will be trained.
     One line on stderr says what was read, what was assumed and what was left out.

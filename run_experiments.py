@@ -143,7 +143,7 @@ class Runner:
         return result["status"]
 
     def but_places(self, command, cell):
-        """A command's words without those of where it ran and wrote: the folder, the launcher, --device."""
+        """A command's words without the words of where it ran and wrote: the folder, the launcher, --device."""
         place = f"{cell.experiment}/{cell.budget}/{cell.name}"
         words = [word for word in shlex.split(command) if place not in word]
         at = words.index(next(word for word in words if word.endswith(".py")))
@@ -281,7 +281,7 @@ class Runner:
                 say(f"[{self.progress()}] {cell.name}: {line}")
 
     def ended_of(self, running, timeout):
-        """Those of the cells at work that have ended, after waiting for one of them."""
+        """The cells at work that have ended, after waiting for one of them."""
         if not running:
             time.sleep(timeout)
         return concurrent.futures.wait(running, timeout, concurrent.futures.FIRST_COMPLETED).done

@@ -256,7 +256,7 @@ def run_name(flag, value):
 
 
 def submit(args, folder, tasks, runs):
-    """-> submitit's jobs: one, or those of a job array."""
+    """-> submitit's jobs: one, or a job array's."""
     submitit = need_submitit()
     failures = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
     executor = submitit.SlurmExecutor(folder, python=python_command())
@@ -271,7 +271,7 @@ def submit(args, folder, tasks, runs):
 @contextlib.contextmanager
 def without_this_job():
     """The environment without the variables of a job in which the launcher itself may be: sbatch hands all of them on,
-    and SLURM takes those of another job's memory, CPUs or restarts for the new one's. What a user sets stays."""
+    and SLURM takes another job's memory, CPUs or restarts for the new job's. What a user sets stays."""
     kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or name.startswith("SBATCH_")}
     with need_submitit().helpers.clean_env(extra_names=(RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT")):
         os.environ.update(kept)

@@ -301,7 +301,7 @@ class _Draw(NamedTuple):
 
     rows: torch.Tensor  # (B, P + N) places along the first axis of all tokens; the images in random order
     places: torch.Tensor  # (B,) of the image in row b of `rows`: its place in the random order, plus u in [0, 1)
-    scattered: torch.Tensor  # (B,) the same of image b
+    scattered: torch.Tensor  # (B,) of image b: its place in the random order, plus its u
 
     def of(self, block, branch):
         return _Draw(*(each[block, branch] for each in self))

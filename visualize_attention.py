@@ -33,7 +33,7 @@ from utils import UserError
 
 MOST_PIXELS = 480 * 640  # of an image at its own size: attention takes memory with the square of the patches
 ROWS_PER_SHEET = 6
-FILES = ("img.png", "pca.png", "overview.png")  # of an image, beside those of its heads
+FILES = ("img.png", "pca.png", "overview.png")  # of an image, beside its heads' pictures
 CLIPPED = 1  # percent of the patches at either end of a principal component
 
 

@@ -79,7 +79,7 @@ class BarlowTwins(ProjectorObjective):
 
     def statistics(self, features, averages):
         """off_diagonal_rms     of the cross-correlations of different columns; beside train_correlation, the mean of
-        those of a column with itself"""
+        a column's products with itself"""
         dim = self.head.widths[-1]
         return {"off_diagonal_rms": (averages["off_diagonal"] / max(1, dim * (dim - 1))) ** 0.5}
 

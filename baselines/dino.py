@@ -1,7 +1,7 @@
 """DINO: a student predicts what a teacher, a moving average of it, says of another crop; targets centred and sharpened.
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021 (arXiv 2104.14294). Flags, their
-defaults, names of tensors and files are those of its authors' code (dino_files.py: their training checkpoints).
+defaults, names of tensors and files are its authors' (dino_files.py: their training checkpoints).
 
     B images per process, V views of each, the first G are global crops     D backbone width, P bottleneck, K prototypes
 """
@@ -125,7 +125,7 @@ class DINO(CodesObjective):
     teacher: a copy of the student that no gradient reaches, in eval mode except for batch norms, which normalise by the
     batch as the student's do; its parameters follow the student's, its buffers are its own.
     dino_loss: holds the centre, the mean of the teacher's scores over all processes, under DINO's name.
-    args: resolved flags, those of `flags`.
+    args: resolved flags, with all names of `flags`.
     """
 
     entries = ("teacher", "dino_loss")

@@ -1,4 +1,4 @@
-"""GEDI: a classifier without labels that is also an energy model of images; and GEDI no gen, the same without energy.
+"""GEDI: a classifier without labels that is also an energy model of images; and GEDI no gen, the classifier alone.
 
 Sansone, Manhaeve, "GEDI: GEnerative and DIscriminative Training for Self-Supervised Learning" (arXiv 2212.13425). The
 sampler is that of JEM, Grathwohl et al., "Your Classifier is Secretly an Energy Based Model" (arXiv 1912.03263).
@@ -358,7 +358,7 @@ class GEDI(GEDINoGen):
         self.replay.index_copy_(0, all_gather_rows(slots), all_gather_rows(samples).to(self.replay.dtype))
 
     def statistics(self, features, averages):
-        """Those of GEDI no gen, and
+        """The numbers of GEDI no gen, and
         outside    share of the replay buffer's values outside [-1, 1]: near 1, the chains run away
         """
         return super().statistics(features, averages) | {"outside": (self.replay.abs() > 1).float().mean()}

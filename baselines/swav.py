@@ -62,7 +62,7 @@ def sinkhorn(scores, epsilon=0.05, num_iterations=3, num_queued=0, queue_log_wei
         num_iterations times:  each prototype's column /= its sum over images,  each image's row /= its sum
 
     by logarithms, so that no epsilon overflows; factors K and N cancel in the next division. The last division is the
-    images': their sums are 1, those of the prototypes are N / K only in the limit.
+    images': their sums are 1, the prototypes' sums are N / K only in the limit.
 
     scores: (n, K), the images of this process, after `num_queued` rows of a queue, the same on all processes, which
         count once.  queue_log_weight: 0, or -inf (also as a tensor) where the queue does not count.

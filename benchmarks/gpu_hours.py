@@ -6,7 +6,7 @@
 A step of each row, its own objective, backbone, batch and image size, runs once on tensors without contents; the time
 of its operations is recipes' (`Step.seconds`, REACHED). Evaluations are left out, and so is decoding: sets of small
 images are in memory. Steps of small images are bound by the launch of their many operations, 5e-6 s each by assumption,
-and so are less certain than those of ViTs at 224 px. How far off both may be, the paper's own times tell: Table 8 has
+and so are less certain than numbers of ViTs at 224 px. How far off both may be, the paper's own times tell: Table 8 has
 357 minutes for CPLearn (c = f) of table2.toml where 150 are computed, and Table 3 says about 48 GPU hours a run where
 12 are.
 """

@@ -367,7 +367,7 @@ class Products(TorchDispatchMode):
 
 
 def products(run, batches):
-    """The Products of one step, without those of the augmentation."""
+    """The Products of one step, without the augmentation's."""
     parts = Parts(run, lambda: None)
     with Products(lambda: parts.entered[-1] not in LOADING) as found:
         parts.steps(itertools.repeat(batches), 1)

@@ -306,7 +306,7 @@ def extract_all(models, *image_sets):
 
 def store_features(folder, matrix, codes, meaning):
     """Write a folder of features, whole or not at all, which `load_features` and numpy read. Where another evaluation
-    has written it meanwhile, its features stay: they are the same."""
+    has written it meanwhile, its features stay: they are equal."""
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # this evaluation's own
     try:
         aside.mkdir()

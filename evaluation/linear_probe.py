@@ -123,7 +123,7 @@ def hold_out(labels, seed):
     draws = np.random.default_rng(seed).random(len(labels))
     order = np.lexsort((draws, labels))
     counts = np.bincount(labels)
-    place = np.empty(len(labels), np.int64)  # of each image among those of its class
+    place = np.empty(len(labels), np.int64)  # of each image among the images of its class
     place[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     share = np.where(counts > 1, np.maximum(1, np.rint(HELD_OUT * counts)), 0)
     if not share.any():
@@ -211,8 +211,9 @@ def fit_adam(features, labels, num_classes, epochs=100, lr=1e-2, seed=0, device=
 def draw_labelled(labels, classes, per_class=10, draws=10, seed=0):
     """`draws` arrays of C x per_class images, class by class, each drawn without replacement.
 
-    A function of labels, sizes and seed alone: all models see the same images, and the first of 20 draws are those of
-    10. labels: (N,) integers.  classes: C names. Raises UserError where a class has fewer than `per_class` images.
+    A function of labels, sizes and seed alone: all models see the same images, and the first 10 of 20 draws are the
+    draws of 10. labels: (N,) integers.  classes: C names. Raises UserError where a class has fewer than `per_class`
+    images.
     """
     counts = np.bincount(labels, minlength=len(classes))
     if (fewest := counts.min()) < per_class:

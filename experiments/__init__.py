@@ -1,7 +1,7 @@
 """An experiment: a table as data, and where its results lie.
 
     experiment = read_experiment("experiments/comparison.toml", "short")
-    for cell in experiment.plan():              # the cells that are known by now; those of grids come first
+    for cell in experiment.plan():              # the cells that are known by now; cells of grids come first
         print(cell.name, cell.flags)
 
 A TOML file in this folder holds

@@ -176,7 +176,7 @@ def draw_series(axis, series, style):
 
 
 def draw_means(axis, x, values, style):
-    """values: of each x those of the seeds."""
+    """values: of each x the seeds' values."""
     values = np.array(values, dtype=float)
     mean, several = values.mean(1), values.shape[1] > 1
     axis.plot(x, mean, **{"marker": "o" if len(x) < 30 else None, "ms": 4} | style)

@@ -1,7 +1,7 @@
 """Where images come from: small sets in memory, folders and lists of files.
 
     images = open_dataset(args, split)                   # .labels, .classes, len(), .summary; pixels on demand
-    images = open_folder("imagenet", "train")            # the same without flags
+    images = open_folder("imagenet", "train")            # a folder, without flags
     load_image("cat.jpg")                                # uint8 (3, H, W), upright: reading.py
 
 What a set of images is to those who read it: sets.py.

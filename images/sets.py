@@ -48,7 +48,7 @@ class ImageSet:
         return f"{count(self)} {'; '.join(self.remarks)}"
 
     def notes(self, most=16):
-        """Says whether some images have pages that are not read, and whether those of more than 8 bits leave most of
+        """Says whether some images have pages that are not read, and whether images of more than 8 bits leave most of
         their range unused."""
         chosen = evenly(len(self), most)
         paged = sum(has_pages(self.content(index), self.reading) for index in chosen) if not self.reading.pages else 0

@@ -32,7 +32,7 @@ STORED = ("step", "epoch", "commit", "world_size", "batch_size", "effective_batc
 class Run:
     folder: Path
     steps: dict = field(default_factory=dict)  # {name: (T,) float64, NaN where a line has no such number}, of "step"
-    epochs: dict = field(default_factory=dict)  # the same of "epoch" lines, and of the "start" line before the first
+    epochs: dict = field(default_factory=dict)  # {name: (T,) float64} of "epoch" lines, and of "start"
     warnings: list = field(default_factory=list)  # spans of lines that look like a collapse
     starts: list = field(default_factory=list)  # of the present run, in order; "end" is a line that says how it ended
     args: dict = field(default_factory=dict)  # of the checkpoint

@@ -35,7 +35,7 @@ def table(head, rows, label="table"):
 
 
 def facts(pairs):
-    """A list of names and what they are; without those of None or nothing."""
+    """A list of names and what they are; without names that have None or nothing."""
     rows = "".join(
         f"<dt>{text_of(key)}</dt><dd>{text_of(value)}</dd>\n" for key, value in pairs if value not in (None, "")
     )

@@ -26,7 +26,7 @@ TRIES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def args_of_run(args):
-    """The flags of the run in the folder --replay, of its checkpoint; those of the command where there is none yet."""
+    """The flags of the run in the folder --replay, of its checkpoint; the command's flags where there is none yet."""
     path = Path(args.replay) / "checkpoint.pth"
     if world_size() > 1:
         raise UserError(f"--replay with {world_size()} processes: expected one, which makes the batch of all of them")

@@ -134,6 +134,17 @@ def test_readmes_map_names_every_file():
     assert set(re.findall(r"\b([a-z_0-9]+)\.py\b", plan)) <= {p.stem for p in files()}
 
 
+ELLIPTIC = re.compile(r"\bas there\b(?! (is|are))|\b[Tt]hose of\b|\b[Tt]he same (of|without)\b")
+
+
+def test_docstrings_repeat_the_noun():
+    for path in [*files(), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                found = ELLIPTIC.search(ast.get_docstring(node) or "")
+                assert found is None, f"{path.name}, {getattr(node, 'name', 'module')}: {found[0]}"
+
+
 def test_no_two_test_files_have_one_name():
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(set(names)) == len(names)
