@@ -271,6 +271,8 @@ def train(args):
         while step < run.total_steps:
             step = train_one_epoch(run, step)
             finish_epoch(run, step)
+            if step < run.total_steps:
+                heed_votes(run, step)
         run.agreement.settle()
         dist.barrier()  # SLURM may end all processes some time after the first: not while rank 0 writes
         run.log.print(f"done: {step} steps; {checkpoint_path(args)}")
@@ -292,13 +294,8 @@ def train_one_epoch(run, step):
         if step % run.args.log_every == 0 or step == last:
             log_step(run, step, features, clock)
         if step == last:
-            break  # the epoch's own line and checkpoint follow, as one
-        run.buffers_before_step = buffers_before_step(run, step)
-        action = run.agreement.vote(own_vote(run))
-        if action != GO_ON:
-            save(run, step, stopping=action == STOP)
-        if action == STOP:
-            stop(run, step)
+            break  # the epoch's own line and checkpoint follow, as one, and then the vote
+        heed_votes(run, step)
     return step
 
 
@@ -444,6 +441,16 @@ def describe_batch(run):
 
 
 # ---- when to save and to stop (checkpoint.py: how) -------------------------------------------------------------------
+
+
+def heed_votes(run, step):
+    """After a step: save, or end, where a process has voted for it."""
+    run.buffers_before_step = buffers_before_step(run, step)
+    action = run.agreement.vote(own_vote(run))
+    if action != GO_ON:
+        save(run, step, stopping=action == STOP)
+    if action == STOP:
+        stop(run, step)
 
 
 def own_vote(run):

@@ -10,7 +10,7 @@ import pytest
 from injection import at_call, hang, in_turn, replace, send
 
 from checkpoint import load_checkpoint
-from runs import STEPS, assert_same_run, flags, run_to_end
+from runs import NUM_IMAGES, STEPS, assert_same_run, flags, run_to_end
 from utils import UNFINISHED
 
 pytestmark = pytest.mark.slow
@@ -46,6 +46,17 @@ def test_stopped_by_twelve_signals_equals_undisturbed(folder, undisturbed, launc
     assert steps == sorted(set(steps)) and steps[-1] < STEPS, steps
     run_to_end(words, tmp_path, processes)
     assert_same_run(tmp_path / "cut", undisturbed(processes))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_is_heard_where_each_epoch_is_one_step(folder, undisturbed, launch, tmp_path, processes):
+    one_step = {"batch_size_per_gpu": NUM_IMAGES // processes, "epochs": 8}
+    words = flags(folder, tmp_path / "cut", processes, **one_step, **ONLY_WHEN_ASKED)
+    job = launch(words, processes=processes, faults={processes - 1: partial(at_call, STEP, 3, partial(send, 15))})
+    assert job.wait() == [128 + signal.SIGTERM] * processes, job.output()
+    assert saved_by_signal(job.output(), tmp_path / "cut") == 2 + processes  # several hear a step later
+    run_to_end(words, tmp_path, processes)
+    assert_same_run(tmp_path / "cut", undisturbed(processes, **one_step))
 
 
 def test_a_second_signal_while_saving_changes_nothing(folder, undisturbed, launch, tmp_path):
