@@ -269,7 +269,8 @@ def draw_galleries(args, models, images, found):
             continue
         title = f"{evaluated.name}: {methods[0]} of {len(images)} {args.split} images"
         clusters, stem = found[evaluated.name, methods[0]], Path(args.output_dir) / f"gallery_{evaluated.stem}"
-        written = gallery.write_gallery(stem, title, images, clusters, args.gallery_codes, args.seed)
+        word = "code" if methods[0] == "codes" else "cluster"
+        written = gallery.write_gallery(stem, title, images, clusters, args.gallery_codes, args.seed, word)
         print(f"wrote {' and '.join(map(str, written))}", file=sys.stderr)
 
 

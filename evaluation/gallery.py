@@ -24,10 +24,11 @@ THUMBNAIL = 96  # px, the longer side
 SHOWN = 12  # images of a code
 
 
-def write_gallery(stem, title, images, codes, num_codes=12, seed=0):
+def write_gallery(stem, title, images, codes, num_codes=12, seed=0, word="code"):
     """Writes <stem>.png and <stem>.html; returns their paths.
 
     images: what `images.open_dataset` returns.  codes: (N,) integers.  title: one line.
+    word: what one is called, "code" or "cluster".
     num_codes: how many codes to show (those in use, if they are fewer): half of them the fullest, half drawn from the
         others. Of each, `SHOWN` images drawn at random: the first would be of one class, as folders are sorted.
     Size: the page takes at most 14 kB for an image, 2 MB with the defaults.
@@ -36,7 +37,7 @@ def write_gallery(stem, title, images, codes, num_codes=12, seed=0):
     codes = np.asarray(codes)
     groups = [describe(images, codes, code, seed) for code in choose_codes(codes, num_codes, seed)]
     for group in groups:
-        group["thumbnails"] = [thumbnail(images, index) for index in group["indices"]]
+        group["thumbnails"], group["word"] = [thumbnail(images, index) for index in group["indices"]], word
     stem = Path(stem)
     paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.html")
     try:
@@ -115,7 +116,8 @@ def draw(path, title, groups):
     axis.tick_params(length=0)
     axis.grid(False)
     axis.spines[:].set_visible(False)
-    figure.suptitle(f"{label_text(title, 110)}\nfullest codes first, then some at random; images at random", fontsize=9)
+    order = f"fullest {groups[0]['word']}s first, then some at random; images at random"
+    figure.suptitle(f"{label_text(title, 110)}\n{order}", fontsize=9)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -130,7 +132,7 @@ def put(square, image):
 
 def label(group):
     """Text beside a row."""
-    return "\n".join(label_text(line, 34) for line in [f"code {group['code']}", *summary(group)] if line)
+    return "\n".join(label_text(line, 34) for line in [f"{group['word']} {group['code']}", *summary(group)] if line)
 
 
 def label_text(text, most):
@@ -159,10 +161,11 @@ figcaption { color: var(--soft); font-size: .75rem; line-height: 1.25; overflow:
 
 def page(title, groups):
     """The HTML of a gallery."""
-    links = "".join(f'<li><a href="#code-{g["code"]}">code {g["code"]}</a> ({g["size"]:,})</li>' for g in groups)
+    word = groups[0]["word"]
+    links = "".join(f'<li><a href="#code-{g["code"]}">{word} {g["code"]}</a> ({g["size"]:,})</li>' for g in groups)
     header = (
-        f"<p>The fullest codes, then some at random; of each up to {SHOWN} images, drawn at random.</p>\n"
-        f'<nav aria-label="Codes"><ul>{links}</ul></nav>'
+        f"<p>The fullest {word}s, then some at random; of each up to {SHOWN} images, drawn at random.</p>\n"
+        f'<nav aria-label="{word.capitalize()}s"><ul>{links}</ul></nav>'
     )
     return html_page(title, header, "".join(map(section, groups)), STYLE)
 
@@ -170,10 +173,10 @@ def page(title, groups):
 def section(group):
     facts = "; ".join(filter(None, summary(group)))
     items = "".join(f"<li>{picture(group, i)}</li>\n" for i in range(len(group["indices"])))
-    code = f"code-{group['code']}"
+    code, name = f"code-{group['code']}", f"{group['word'].capitalize()} {group['code']}"
     return (
         f'<section id="{code}" aria-labelledby="h-{code}">\n'
-        f'<h2 id="h-{code}">Code {group["code"]} <span>{escape(facts)}</span></h2>\n<ul>\n{items}</ul>\n</section>\n'
+        f'<h2 id="h-{code}">{name} <span>{escape(facts)}</span></h2>\n<ul>\n{items}</ul>\n</section>\n'
     )
 
 

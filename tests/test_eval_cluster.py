@@ -411,6 +411,8 @@ def test_a_gallery_for_each_checkpoint(folder, tmp_path):
     assert len(pages) == len(list(tmp_path.glob("gallery_*.png"))) == 4
     assert "<h1>raw pixels: k-means 4 of 24 val images</h1>" in pages["gallery_raw_pixels.html"]
     assert "<h1>b.pth: codes of 24 val images</h1>" in pages["gallery_b.html"]
+    assert "Cluster 0 <span>" in pages["gallery_raw_pixels.html"] and "Code " not in pages["gallery_raw_pixels.html"]
+    assert "Code " in pages["gallery_b.html"] and "luster " not in pages["gallery_b.html"]
 
 
 def test_batches_and_stored_features_change_nothing(folder, tmp_path):
