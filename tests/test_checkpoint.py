@@ -139,6 +139,27 @@ def folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("images"))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "empty"])
+def test_damaged_checkpoint_is_refused_and_runs_nothing(folder, tmp_path, damage):
+    path, flag = tmp_path / "checkpoint.pth", tmp_path / "executed"
+    words = flags(folder, tmp_path, max_steps=1)
+    if damage == "pickle":
+
+        class Attack:
+            def __reduce__(self):
+                return os.system, (f"touch {flag}",)
+
+        torch.save({"format": "cplearn 2", "student": Attack()}, path)
+    else:
+        main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="plain data" if damage == "pickle" else "cannot be read"):
+        main_cplearn.train(main_cplearn.get_args_parser().parse_args(words))
+    assert not flag.exists() and path.read_bytes() == before
+
+
 @pytest.mark.parametrize("objective", ["cplearn", "dino"])
 def test_training_on_does_not_reach_what_is_being_written(folder, tmp_path, monkeypatch, objective):
     held, then = Held(monkeypatch), {}

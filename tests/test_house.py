@@ -123,7 +123,8 @@ def test_a_flag_stands_in_a_file_that_reads_it():
 
 
 def test_no_file_is_longer_than_620_lines():
-    assert {str(path): n for path in files() if (n := len(path.read_text().splitlines())) > 620} == {}
+    every = [*files(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert {str(path): n for path in every if (n := len(path.read_text().splitlines())) > 620} == {}
 
 
 def test_readmes_map_names_every_file():

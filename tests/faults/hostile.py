@@ -7,14 +7,18 @@ mutants(content, ...)         (name, damaged content): bits flipped, cut short, 
 
 import contextlib
 import faulthandler
+import io
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
 import sys
+import tarfile
 import time
 import traceback
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,3 +173,33 @@ DAMAGES = (flip_bits, cut_short, zero_block, double_block, drop_block, random_bl
 def canary_command(canary):
     """A shell command that leaves the file `canary` behind: where it exists, a file's code was run."""
     return f"touch '{os.fspath(canary)}'"
+
+
+# ---- files in which a pickle may be ---------------------------------------------------------------------------------
+
+
+def zipped(base, data_pkl, **replaced):
+    """The zip file `base` with another data.pkl; replaced: {end of a member's name: content}."""
+    written, replaced = io.BytesIO(), {"data.pkl": data_pkl} | replaced
+    with zipfile.ZipFile(io.BytesIO(base)) as old, zipfile.ZipFile(written, "w") as new:
+        for name in old.namelist():
+            content = next((value for end, value in replaced.items() if name.endswith(end)), None)
+            new.writestr(name, old.read(name) if content is None else content)
+    return written.getvalue()
+
+
+def legacy(content, magic=0x1950A86A20F9469CFC6C, system=None, keys=()):
+    """As torch before 1.6 wrote it: five pickles in a row."""
+    system = system or {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2}}
+    return b"".join(pickle.dumps(part, protocol=2) for part in (magic, 1001, system, content, list(keys)))
+
+
+def tarred(content):
+    """As torch before 0.2 wrote it."""
+    written, part = io.BytesIO(), pickle.dumps(content, protocol=2)
+    with tarfile.open(fileobj=written, mode="w") as archive:
+        for name in ("sys_info", "storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            member.size = len(part)
+            archive.addfile(member, io.BytesIO(part))
+    return written.getvalue()

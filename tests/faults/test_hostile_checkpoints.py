@@ -20,7 +20,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import tarfile
 import timeit
 import zipfile
 from functools import cache, partial, reduce
@@ -32,7 +31,18 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hostile import MOST_MEMORY_MB, RUBBISH, assert_no_faults, canary_command, drawn, mutants, survey
+from hostile import (
+    MOST_MEMORY_MB,
+    RUBBISH,
+    assert_no_faults,
+    canary_command,
+    drawn,
+    legacy,
+    mutants,
+    survey,
+    tarred,
+    zipped,
+)
 from PIL import Image
 
 import checkpoint
@@ -380,33 +390,6 @@ ODD_PICKLES = {  # not code: deep, self-containing, huge when it is written out,
     b"X\x01\x00\x00\x00aX\x01\x00\x00\x00bJ\xff\xff\xff\x7fJ\xff\xff\xff\x7fK?tb.",
     "dtype of 2 GB": b"\x80\x02cnumpy\ndtype\nX\x0b\x00\x00\x00V2000000000K\x00K\x01\x87R.",
 }  # fmt: skip
-
-
-def zipped(base, data_pkl, **replaced):
-    """The zip file `base` with another data.pkl; replaced: {end of a member's name: content}."""
-    written, replaced = io.BytesIO(), {"data.pkl": data_pkl} | replaced
-    with zipfile.ZipFile(io.BytesIO(base)) as old, zipfile.ZipFile(written, "w") as new:
-        for name in old.namelist():
-            content = next((value for end, value in replaced.items() if name.endswith(end)), None)
-            new.writestr(name, old.read(name) if content is None else content)
-    return written.getvalue()
-
-
-def legacy(content, magic=0x1950A86A20F9469CFC6C, system=None, keys=()):
-    """As torch before 1.6 wrote it: five pickles in a row."""
-    system = system or {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2}}
-    return b"".join(pickle.dumps(part, protocol=2) for part in (magic, 1001, system, content, list(keys)))
-
-
-def tarred(content):
-    """As torch before 0.2 wrote it."""
-    written, part = io.BytesIO(), pickle.dumps(content, protocol=2)
-    with tarfile.open(fileobj=written, mode="w") as archive:
-        for name in ("sys_info", "storages", "tensors", "pickle"):
-            member = tarfile.TarInfo(name)
-            member.size = len(part)
-            archive.addfile(member, io.BytesIO(part))
-    return written.getvalue()
 
 
 def code_mutants(base, canary):
