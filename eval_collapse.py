@@ -154,7 +154,7 @@ def analyse_embeddings(h, codes, evaluated, args, device):
     aligned = collapse.alignment(h, codes, head.dictionary, args.seed)
     moment = collapse.second_moment(h)
     blocks = collapse.block_cosines(h, codes, args.seed)
-    settings = {name: evaluated.model.settings.get(name) or value for name, value in ASSUMED.items()}
+    settings = loss_settings(evaluated.model.settings)
     if any(evaluated.model.settings.get(name) is None for name in ASSUMED):
         evaluation.note(f"{evaluated.name} does not say its beta and prior: the gap is for {settings}")
     of_loss = collapse.certificate(h, head.codes.to(device), head.tau, **settings, eps=smallest_probability(head))
@@ -172,6 +172,11 @@ def analyse_embeddings(h, codes, evaluated, args, device):
     shown = collapse.some_indices(head.dictionary.num_codes, collapse_figures.DICTIONARY_COLUMNS, args.seed)
     columns = head.dictionary.columns(shown.to(device)).float().cpu()
     return row, collapse.covariance_eigenvalues(h).tolist(), {"moment": moment, "dictionary": columns}
+
+
+def loss_settings(told):
+    """beta and prior as a checkpoint's settings tell them (beta may be 0), and `ASSUMED` where they do not."""
+    return {name: value if told.get(name) is None else told[name] for name, value in ASSUMED.items()}
 
 
 def smallest_probability(head):

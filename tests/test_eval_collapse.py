@@ -257,3 +257,8 @@ def test_command_stops_with_one_line(folder, flags, message, capsys):
     first = ["--checkpoint", folder / "bare.pth", "--data_path", folder / "images", "--num_workers", "0"]
     words = [*map(str, first), *(flag.format(folder=folder) for flag in flags)]
     assert message in error_of(capsys, eval_collapse.main, words, alone=True)
+
+
+def test_a_beta_of_zero_is_not_taken_for_one_that_is_not_told():
+    assert eval_collapse.loss_settings({"beta": 0.0, "prior": "ce"}) == {"beta": 0.0, "prior": "ce"}
+    assert eval_collapse.loss_settings({"beta": None}) == eval_collapse.ASSUMED
