@@ -3,10 +3,11 @@
 import itertools
 import os
 import re
+import time
 from functools import partial
 
 import pytest
-from injection import replace
+from injection import at_call, replace
 
 import main_cplearn
 from runs import flags, launch, run_to_end
@@ -36,6 +37,29 @@ def test_a_save_that_is_due_is_made_once(folder, tmp_path, processes):
     said = run_to_end(words, tmp_path, processes, faults=dict.fromkeys(range(processes), count_saves))
     steps = [int(step) for step in re.findall(r"saved at (\d+)/", said)]
     assert len(steps) >= 3 and all(b - a > 1 for a, b in itertools.pairwise(steps)), steps
+
+
+def draw_slowly():
+    def wrap(plot_log):
+        def slow(*args):
+            time.sleep(2)
+            plot_log(*args)
+            print("rank 0 has drawn", flush=True)
+
+        return slow
+
+    replace("monitor.plot_log", wrap)
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def test_no_process_leaves_while_rank_zero_works(folder, tmp_path):
+    """SLURM may end all processes some time after the first has ended."""
+    faults = {0: draw_slowly, 1: partial(at_call, "main_cplearn.close", 1, partial(say, "rank 1 leaves"))}
+    said = run_to_end(flags(folder, tmp_path / "run", 2, max_steps=2), tmp_path, 2, faults=faults)
+    assert said.index("rank 0 has drawn") < said.index("rank 1 leaves")
 
 
 def see_fewer_files():
