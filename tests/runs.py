@@ -112,6 +112,7 @@ def launch(words, where, processes=1, faults=None, start_method="fork", script="
 
 def _run(script, words, env, output, fault, start_method):
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests with `&` has it ignored
     multiprocessing.set_start_method(start_method, force=True)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
