@@ -88,7 +88,7 @@ def open_source(content, channels, pages_are_images):
         return NumpyArray(read_npz(content), channels, pages_are_images)
     if is_dicom(content):
         return Dicom(content)
-    tiff = Tiff.opened(content) if content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else None
+    tiff = Tiff.opened(content) if is_tiff(content) else None
     return tiff or Picture(content, channels)
 
 
@@ -96,6 +96,10 @@ def is_picture(content):
     """Whether it is of Pillow's kinds."""
     is_array = isinstance(content, np.ndarray) or content.startswith((b"\x93NUMPY", b"PK\x03\x04"))
     return not is_array and not is_dicom(content)
+
+
+def is_tiff(content):
+    return isinstance(content, bytes) and content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
 
 
 def check_size(*shape):

@@ -9,7 +9,6 @@ import functools
 import io
 import re
 import stat
-import warnings
 import zlib
 from pathlib import Path
 
@@ -228,23 +227,6 @@ def deep_colour(image, data):
         raise BadImage(f"16-bit colour in {image.format}, of which 8 bits are read: --value_range takes it in PNG")
     pixels = decode_png(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), ImageReadMode.RGB)
     return pixels.permute(1, 2, 0).numpy()
-
-
-def used_range(path):
-    """(lowest, highest) value in an image of 16 bits; None for other images and where it cannot be read."""
-    try:
-        data = read_file(path)
-        with warnings.catch_warnings(), open_header(data) as image:
-            warnings.simplefilter("ignore")
-            if has_deep_colour(image):
-                values = deep_colour(image, data)
-            elif image.mode.startswith("I;") or (image.format, image.mode) == ("PPM", "I"):
-                values = np.asarray(image)
-            else:
-                return None
-        return int(values.min()), int(values.max())
-    except Exception:  # decoders raise nearly every type there is; who reads the image names the reason
-        return None
 
 
 def first_line(error):

@@ -20,7 +20,7 @@ import torch
 from PIL import UnidentifiedImageError
 
 from augmentation import match_channels
-from images.arrays import check_size, count_pages, is_picture, map_npy, read_raw
+from images.arrays import check_size, count_pages, is_picture, is_tiff, map_npy, open_source, read_raw
 from images.decoding import (
     BadImage,
     check_regular,
@@ -114,7 +114,8 @@ def read_content(path):
 
 
 def image_of(content, channels, value_range, pages, floats, page):
-    if not floats and pages == "first" and channels in (1, 3) and is_picture(content):
+    is_ranged_tiff = value_range is not None and is_tiff(content)  # of its deep colours Pillow reads 8 bits
+    if not floats and pages == "first" and channels in (1, 3) and is_picture(content) and not is_ranged_tiff:
         return without_harm(lambda content: decode(content, channels, value_range), content)
     raw = read_raw(content, channels, pages, page)
     return to_levels(raw, channels, value_range, floats)
@@ -178,12 +179,26 @@ def open_range(path, reading):
         return None
 
 
+def used_range(path, reading):
+    """((lowest, highest), (black, white)) of an image's values; None for bad ones and where only --value_range can tell
+    what is black and white."""
+    try:
+        with naming_damage():
+            file, page = split_page(path) if reading.pages == "images" else (path, 0)
+            pages, _ = defaults(reading.channels, reading.pages, reading.floats)
+            raw = read_raw(read_content(file), reading.channels, pages, page)
+            values = without_alpha(raw, reading.channels)
+            return raw.black_white and ((values.min().item(), values.max().item()), raw.black_white)
+    except BadImage:
+        return None
+
+
 def has_pages(path, reading):
-    """Whether more is in a file than the page that is read of it."""
+    """Whether more is in a file than the page that is read of it. Of an array all is read, or nothing."""
     try:
         with naming_damage():
             pages, _ = defaults(reading.channels, reading.pages, reading.floats)
-            return pages == "first" and count_pages(read_content(path), 2) > 1
+            return pages == "first" and open_source(read_content(path), reading.channels, False).count(2) > 1
     except BadImage:
         return False
 

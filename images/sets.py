@@ -6,15 +6,15 @@ Shapes: N images of a set, C channels, H x W px.
 import bisect
 import functools
 import hashlib
+import math
 import os
 
 import numpy as np
 import torch
 
 from augmentation import match_channels
-from images.decoding import used_range
 from images.folders import enumeration
-from images.reading import PLAIN, Reading, has_pages, open_range, split_page
+from images.reading import PLAIN, Reading, has_pages, open_range, split_page, used_range
 from utils import UserError
 
 
@@ -56,17 +56,25 @@ class ImageSet:
             f"note: {paged} of {len(chosen)} images looked at have several pages, of which the first is read: --pages "
             "channels or images reads them all"
         ] * (paged > 0)
-        ranges = [found for found in map(used_range, map(self.content, chosen)) if found]
-        if self.reading.value_range or not ranges:
-            return said
-        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-        if high - low >= 65535 / 10:
-            return said
-        return [
-            *said,
-            f"note: {len(ranges)} of {len(chosen)} images looked at have 16 bits, with values from {low} to {high} "
-            f"only, which become nearly uniform: --value_range {low} {high} spreads such values from black to white",
-        ]
+        return said + self.narrow_ranges(chosen)
+
+    def narrow_ranges(self, chosen):
+        """Words on each range, such as that of 16 bits, of which these images use less than a tenth."""
+        ranges = [used_range(self.content(index), self.reading) for index in chosen]
+        said = []
+        for black, white in sorted({found[1] for found in ranges if found} - {(0, 1)}):
+            used = [found[0] for found in ranges if found and found[1] == (black, white)]
+            low, high = min(low for low, _ in used), max(high for _, high in used)
+            settable, bits = white != 255, math.ceil(math.log2(white + 1))
+            if (settable and self.reading.value_range) or high - low >= (white - black) / 10:
+                continue
+            advice = f"--value_range {low} {high} spreads such values from black to white"
+            advice = advice if settable else "are they masks or classes? If they are images, spread them over 0 to 255"
+            said.append(
+                f"note: {len(used)} of {len(chosen)} images looked at have {bits} bits, with values from {low} to "
+                f"{high} only, which become nearly uniform: {advice}"
+            )
+        return said
 
     def check_range_is_known(self, most=16):
         """Raises UserError, with the values found in some, where all of these have values whose range is not known."""

@@ -432,3 +432,41 @@ def test_pages_that_are_not_read_are_said(tmp_path, capsys):
     assert not open_dataset(folder_args(tmp_path, "--pages", "images")).notes()
     (note,) = open_dataset(folder_args(tmp_path)).notes()
     assert note.startswith("note: 2 of 2 images looked at have several pages, of which the first is read: --pages ")
+
+
+def twelve_bits(channels=1):
+    return values("uint16", channels) // 16
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", sixteen_bit_colour(twelve_bits(3).transpose(1, 2, 0))),
+        ("a.tif", tiff(twelve_bits()[0], photometric="minisblack")),
+        ("a.tif", tiff(twelve_bits(3).transpose(1, 2, 0), photometric="rgb")),
+        ("a.npy", npy(twelve_bits()[0])),
+        ("a.npz", npz(image=twelve_bits(3))),
+        ("a.dcm", dicom(twelve_bits())),
+    ],
+)
+def test_a_range_that_is_hardly_used_is_said_of_any_kind_of_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    notes = open_dataset(folder_args(tmp_path)).notes()
+    found = [
+        re.search(r"1 of 1 images .* 16 bits, with values from (\d+) to (\d+) only, .*--value_range", note)
+        for note in notes
+    ]
+    assert len(found) == 1 and 0 <= int(found[0][1]) < 100 and 4000 < int(found[0][2]) < 4096
+    assert not open_dataset(folder_args(tmp_path, "--value_range", "0", "4095")).notes()
+    loaded = load_image(tmp_path / name, 3, (0, 4095))
+    assert loaded.dtype == torch.uint8 and loaded.min() < 8 and loaded.max() > 247
+
+
+def test_masks_are_hardly_used_bytes(tmp_path):
+    write(tmp_path / "a.png", picture(9, 9) // 50)
+    (note,) = open_dataset(folder_args(tmp_path)).notes()
+    assert re.search("8 bits, with values from 0 to 5 only, .*are they masks", note)
+    write(tmp_path / "a.png", picture(9, 9))
+    assert not open_dataset(folder_args(tmp_path)).notes()
+    Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "a.png")  # one bit: black and white
+    assert not open_dataset(folder_args(tmp_path)).notes()
