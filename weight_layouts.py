@@ -52,7 +52,8 @@ def _join_qkv(state):
     joined = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(query|key|value)\.", name)}
     for name in state:
         if ".attn.query." in name:
-            parts = [state[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            named = {part: name.replace(".query.", f".{part}.") for part in ("query", "key", "value")}
+            parts = [state.get(named[part], torch.zeros_like(state[name])) for part in named]  # keys may have no bias
             joined[name.replace(".query.", ".qkv.")] = torch.cat(parts)
     return joined
 
@@ -103,8 +104,33 @@ HUGGING_FACE = Layout(
     _join_qkv,
     norm_eps=1e-12,
 )
+
+
+def _as_meta(state):
+    """Queries, keys and values joined, and the feed-forward part under its names in Meta's files."""
+    gated = any(".mlp.gate_proj." in name for name in state)
+    own = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    names = {name: re.sub(r"\.mlp\.(\w+_proj)\.", lambda found: f".mlp.{own[found[1]]}.", name) for name in state}
+    return _join_qkv({names[name]: tensor for name, tensor in state.items()})
+
+
+HUGGING_FACE_DINOV3 = Layout(  # to Meta's names, from which timm converts
+    "embeddings.patch_embeddings.weight",
+    (
+        (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+        (r"^embeddings\.register_tokens$", "storage_tokens"),
+        (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+        (r"^(model\.)?layer\.(\d+)\.", r"blocks.\2."),
+        (r"\.attention\.q_proj\.", ".attn.query."),
+        (r"\.attention\.k_proj\.", ".attn.key."),
+        (r"\.attention\.v_proj\.", ".attn.value."),
+        (r"\.attention\.o_proj\.", ".attn.proj."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    ),
+    _as_meta,
+)
 RESNET = Layout("layer1.0.conv1.weight")
-LAYOUTS = (DINO_AND_TIMM, TORCHVISION, HUGGING_FACE, RESNET)
+LAYOUTS = (DINO_AND_TIMM, TORCHVISION, HUGGING_FACE, HUGGING_FACE_DINOV3, RESNET)
 
 # what stands beside a backbone and is no part of it: heads, decoders, what only pretraining reads
 BESIDE = re.compile(
@@ -190,17 +216,18 @@ PLAUSIBLE = {
 def _config_beside(path):
     """The config.json in the file's folder, timm's or transformers', under our names; empty without one. `dataset` and
     how images are read are export_backbone's. transformers keeps mean and std in a second file."""
-    config = _json_beside(path, "config.json")
-    if not config:
+    names = ("config.json", "preprocessor_config.json")
+    config, pixels = (_json_beside(path, name) for name in names)
+    if not config and not pixels:
         return {}
-    pixels = _json_beside(path, "preprocessor_config.json")
+    source = " and ".join(name for name, content in zip(names, (config, pixels), strict=True) if content)
     try:
         cfg = config.get("pretrained_cfg", {})
         size = cfg.get("input_size", (config.get("num_channels"), config.get("image_size")))
         heads = config.get("model_args", {}).get("num_heads", config.get("num_attention_heads"))
         return {"arch": config.get("architecture"), "in_chans": size[0], "img_size": size[-1], "num_heads": heads,
                 "mean": cfg.get("mean", pixels.get("image_mean")), "std": cfg.get("std", pixels.get("image_std")),
-                "norm_eps": config.get("layer_norm_eps"), "source": "config.json",
+                "norm_eps": config.get("layer_norm_eps"), "source": source,
                 **{name: config.get(name) for name in ("dataset", "value_range", "pages", "float_pixels")}}  # fmt: skip
     except (AttributeError, LookupError, TypeError) as error:
         file = Path(path).with_name("config.json")
@@ -363,6 +390,7 @@ VITS = {
 }  # fmt: skip
 TIMM_VITS = {(1280, 32, 14): "vit_huge_patch14_224"}  # MAE's
 RESNETS = {  # blocks of the four stages, convolutions in a block
+    (2, 2, 2, 2, 2): "resnet18.tv_in1k",  # with a first convolution for photographs; ours has one for small images
     (3, 4, 6, 3, 2): "resnet34", (3, 4, 6, 3, 3): "resnet50",
     (3, 4, 23, 3, 3): "resnet101", (3, 8, 36, 3, 3): "resnet152",
 }  # fmt: skip
@@ -449,7 +477,9 @@ def _has_bias(state, name):
 def _resnet(state):
     stages = [{name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     convolutions = sum(f"layer1.0.conv{number}.weight" in state for number in (1, 2, 3))
-    return RESNETS.get((*map(len, stages), convolutions))
+    first = getattr(state.get("conv1.weight"), "shape", ())
+    is_plain = first[2:] == (7, 7) and len(state["layer1.0.conv1.weight"]) == 64  # there are wide and grouped ones
+    return RESNETS.get((*map(len, stages), convolutions)) if is_plain else None
 
 
 # ---- what is known of a released network beside its tensors ----------------------------------------------------------

@@ -7,6 +7,7 @@ import argparse
 import fractions
 import json
 import math
+import re
 
 import pytest
 import safetensors.torch
@@ -189,6 +190,51 @@ def test_dinov3_under_timm_s_names(arch, tmp_path):
     assert_same_features(tmp_path / "dinov3.pth", model, size=64)
 
 
+def by_hugging_face(model):
+    """The same as transformers has it, whose keys have no bias."""
+    state = {}
+    for name, tensor in by_meta(model).items():
+        name = re.sub(r"^(cls_token|mask_token)$", r"embeddings.\1", name)
+        name = name.replace("storage_tokens", "embeddings.register_tokens").replace("blocks.", "layer.")
+        name = name.replace("patch_embed.proj.", "embeddings.patch_embeddings.")
+        name = re.sub(r"\.ls([12])\.gamma", r".layer_scale\1.lambda1", name).replace("attn.proj.", "attention.o_proj.")
+        for ours, theirs in (("fc1_g", "gate_proj"), ("fc1_x", "up_proj"), ("fc1", "up_proj"), ("fc2", "down_proj")):
+            name = name.replace(f"mlp.{ours}.", f"mlp.{theirs}.")
+        if ".attn.qkv." in name:
+            parts = {
+                name.replace("attn.qkv", f"attention.{part}_proj"): t
+                for part, t in zip("qkv", tensor.chunk(3), strict=True)
+            }
+            state |= {part: t for part, t in parts.items() if "k_proj.bias" not in part}
+        else:
+            state[name] = tensor
+    return {name: t for name, t in state.items() if not name.endswith(("periods", "bias_mask"))}
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "vit_small_patch16_dinov3",
+        pytest.param("vit_small_patch16_dinov3_qkvb", marks=pytest.mark.slow),
+        "vit_small_plus_patch16_dinov3",
+    ],
+)
+def test_dinov3_under_transformers_names(arch, tmp_path, capsys):
+    model = timm_model(arch, global_pool="token")
+    torch.save(by_hugging_face(model), tmp_path / "model.pth")
+    assert_same_features(tmp_path / "model.pth", model, size=64)
+    assert line(capsys).startswith(f"{arch}, 6 heads, patches of 16 px, DINOv3's layout; left out: mask_token")
+
+
+def test_other_networks_of_transformers_are_named_by_their_tensors(tmp_path):
+    """BEiT's keys have no bias, and its positions are in every block."""
+    state = {name: t for name, t in transformers_state(False).items() if not name.endswith("key.bias")}
+    del state["embeddings.position_embeddings"]
+    torch.save(state, tmp_path / "beit.pth")
+    with pytest.raises(UserError, match=r"name it with --arch; its tensors: cls_token, patch_embed.proj.weight, "):
+        load_pretrained(tmp_path / "beit.pth")
+
+
 # ---- MoCo-v3, MAE, iBOT, DINO's ResNet -------------------------------------------------------------------------------
 
 
@@ -279,7 +325,7 @@ def test_dino_s_head_under_torch_s_newer_names(tmp_path):
         torch.testing.assert_close(load_pretrained(tmp_path / "dino.pth").head(features), head(features))
 
 
-@pytest.mark.parametrize("arch", [pytest.param("resnet34", marks=pytest.mark.slow), "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet34", marks=pytest.mark.slow), "resnet50"])
 def test_resnets_of_dino_and_torchvision(arch, tmp_path, capsys):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, arch)(weights=None).eval()
@@ -287,7 +333,18 @@ def test_resnets_of_dino_and_torchvision(arch, tmp_path, capsys):
     theirs.fc = torch.nn.Identity()
     torch.save({"teacher": prefixed("module.", state)}, tmp_path / "resnet.pth")
     assert_same_features(tmp_path / "resnet.pth", theirs, size=64)
+    arch = {"resnet18": "resnet18.tv_in1k"}.get(arch, arch)  # resnet18 is ours, for small images
     assert line(capsys) == f"{arch}; left out: fc (2 tensors)"
+
+
+def test_a_wide_resnet_is_no_resnet50(tmp_path):
+    with torch.device("meta"):
+        state = torchvision.models.wide_resnet50_2(weights=None).state_dict()
+    few = {name: torch.zeros(tensor.shape) for name, tensor in state.items() if not name.startswith("fc.")}
+    torch.save(few, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match="name it with --arch"):
+        load_pretrained(tmp_path / "wide.pth")
+    assert load_pretrained(tmp_path / "wide.pth", arch="wide_resnet50_2").embed_dim == 2048
 
 
 # ---- torchvision and transformers ------------------------------------------------------------------------------------
@@ -458,6 +515,14 @@ def test_half_precision_becomes_float32(dtype, small, tmp_path):
     torch.save({name: tensor.to(dtype) for name, tensor in small[0].state_dict().items()}, tmp_path / "half.pth")
     rounded = timm_model("vit_tiny_patch16_224", img_size=32).to(dtype).float()
     assert_same_features(tmp_path / "half.pth", rounded, size=32)
+
+
+def test_preprocessor_config_is_read_alone(small, tmp_path, capsys):
+    torch.save(small[0].state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    settings = load_pretrained(tmp_path / "weights.pth").settings
+    assert (settings["mean"], settings["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert "settings of preprocessor_config.json, mean [0.5, 0.5, 0.5]" in line(capsys)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pth"])
