@@ -15,6 +15,7 @@ Shapes: N images of a set, B of a batch (b where the last may be short), V views
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -37,7 +38,7 @@ from augmentation import (
 from images import DATASETS, BadImage, add_image_arguments
 from images.levels import AUTO, is_auto
 from images.workers import Workers
-from utils import Number, UserError, leaves_at_once, number_of_environment
+from utils import UNREADABLE, Number, UserError, leaves_at_once, number_of_environment
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -290,7 +291,8 @@ class TrainLoader:
             name = self.images.name(index)
             if name not in self.bad_images:
                 self.bad_images[name] = reason
-                print(f"cannot read {name}: {reason}; another image takes its place", flush=True)
+                with contextlib.suppress(*UNREADABLE):
+                    print(f"cannot read {name}: {reason}; another image takes its place", flush=True)
         if batch.crops is None and batch.images is None:
             raise UserError(
                 f"{len(batch.bad)} images in a row cannot be read, the last: {name}: {reason}; is the disk still there?"

@@ -7,6 +7,7 @@ feature_statistics, rankme, diagnose, plot_log
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import operator
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import append_whole, replace_file
 from running.loggers import Forwarder
-from utils import RunFailed, all_reduce_mean, one_line, rank
+from utils import UNREADABLE, RunFailed, all_reduce_mean, one_line, rank
 
 MAX_FEATURE_ROWS = 1024  # rows of a logged line's RankMe
 SECONDS_PER_DRAWING = 300
@@ -110,6 +111,12 @@ class Averages:
         return means
 
 
+@functools.cache
+def warn_once(text):
+    with contextlib.suppress(*UNREADABLE):
+        print(text, file=sys.stderr, flush=True)
+
+
 class RunLog:
     """Terminal, log.txt and TensorBoard of one run, continued at `step`. Silent on every rank but 0.
 
@@ -133,8 +140,11 @@ class RunLog:
     def print(self, text):
         """One line for people, above the progress bar."""
         if rank() == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except UNREADABLE as error:
+                warn_once(f"warning: stdout cannot be written ({error}); the run goes on, its figures are in log.txt")
 
     def warn(self, found, advice):
         """Say in words what `diagnose` found, each kind once until it is gone again."""

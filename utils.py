@@ -160,10 +160,11 @@ def command_line(main):
     def run(*args, **kwargs):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a file's name may hold what the terminal's encoding has no sign for
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         try:
             result = main(*args, **kwargs)
         except BaseException as error:
+            error = RunFailed(why) if (why := lost_stdout(error)) else error
             if leaves_at_once(error):
                 leave(tell(error))
             close_group()
@@ -177,6 +178,18 @@ def command_line(main):
         return result
 
     return run
+
+
+def lost_stdout(error):
+    """Words on an error that is that of a stdout which cannot be written, such as a pipe to `head`; else None."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        print(flush=True)  # an empty line does no harm where it can be written
+        return None
+    except OSError as again:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's end fails of it as well
+        return f"stdout cannot be written: {again.strerror}; what was printed is lost"
 
 
 def leaves_at_once(error):

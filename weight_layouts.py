@@ -239,7 +239,7 @@ def _json_beside(path, name):
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text("utf-8"))
         content.keys()
         return content
     except (OSError, ValueError, AttributeError, RecursionError) as error:

@@ -367,17 +367,17 @@ def report(name, rows, columns, args, models, notes=(), **more):
     rows, and notes, settings, models, versions and `more`.
     """
     table = "\n".join([markdown_table(rows, columns), *[f"\n{note}" for note in notes]])
-    print(table, flush=True)
-    if args.output_dir is not None:
+    if args.output_dir is not None:  # before the terminal, which may be a pipe that nobody reads any more
         folder = Path(args.output_dir)
         command = shlex.join([f"python {Path(sys.argv[0]).name}", *sys.argv[1:]]).replace("'", "", 2)
-        (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n")
+        (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n", "utf-8", "surrogateescape")
         results = {"rows": rows, "notes": list(notes)} | more | {
             "settings": vars(args),
             "models": {evaluated.name: evaluated.describe() for evaluated in models},
             "versions": versions(),
         }  # fmt: skip
         (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table, flush=True)
 
 
 def count_hits(ranked, labels):

@@ -34,8 +34,8 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     for page in map(Path, args.page):
-        text = page.read_text()
-        page.write_text(refreshed(text, args.results_dir))
+        text = page.read_text("utf-8")
+        page.write_text(refreshed(text, args.results_dir), "utf-8")
         print(f"{page.name}: {len(BLOCK.findall(text))} blocks")
 
 

@@ -35,7 +35,7 @@ def write_checked(folder, form, card, model, device, checkpoint):
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        (aside / "README.md").write_text(card)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         write(aside, form, folder)
         check(aside, form, model.to(device), device, checkpoint)
         os.replace(aside, folder)

@@ -379,3 +379,52 @@ def test_results_that_a_runner_writes_make_no_other_commit_of_the_code(tmp_path,
     assert utils.commit.__wrapped__() == head[:12]
     (tmp_path / "utils.py").write_text("2\n")
     assert utils.commit.__wrapped__() == f"{head[:12]}-dirty"
+
+
+PRINTS = """
+import sys
+from monitor import RunLog
+from utils import command_line
+@command_line
+def main():
+    log = RunLog(sys.argv[1], 0, 3)
+    for number in range(3):
+        {}
+    print("went on", file=sys.stderr)
+main()
+"""
+
+
+@pytest.mark.parametrize("to", ["full disk", "closed pipe"])
+@pytest.mark.parametrize("call", ["print(number)", "log.print("text")"])
+def test_a_stdout_that_cannot_be_written(call, to, tmp_path):
+    """One line, and of a run no more than a warning."""
+    if to == "full disk":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        unread, stdout = os.pipe()
+        os.close(unread)
+    words = [sys.executable, "-c", PRINTS.format(call), tmp_path]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(stdout)
+    first, *others = done.stderr.splitlines()
+    if call == "log.print("text")":
+        assert (done.returncode, others) == (0, ["went on"])
+        assert first.startswith("warning: stdout cannot be written (")
+    else:
+        assert (done.returncode, others) == (1, [])
+        assert first.startswith("error: stdout cannot be written: ")
+
+
+@pytest.mark.parametrize("call", ["print(number)", "log.print("text")"])
+def test_without_a_stdout(call, tmp_path):
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", PRINTS.format(call), tmp_path]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.endswith("went on\n") and "Traceback" not in done.stderr
+
+
+def test_a_missing_file_is_not_a_stdout(capsys):
+    with pytest.raises(FileNotFoundError):
+        command_line(Path("/nowhere/at all").read_text)()
+    assert capsys.readouterr().out == ""
