@@ -150,7 +150,7 @@ def splits_in(place):
         refuse_splits_only(place, names)
         return {}
     if len(found) > 1 and "*" not in found:
-        several = enumeration([name for kinds in found.values() for names in kinds.values() for name in names])
+        several = enumeration(members_of(found))
         raise UserError(f"{place} holds several sets of splits ({several}): give the training one as --data_path")
     kinds = found.get("*") or next(iter(found.values()))
     members = [name for names in kinds.values() for name in names]
@@ -225,7 +225,8 @@ def enumeration(names, most=5):
 
 # of network storage, of archives, of disks; hidden ones such as .AppleDouble are passed over by their dot
 SYSTEM_FOLDERS = {b"@eadir", b"@recycle", b"#recycle", b"$recycle.bin", b"__macosx", b"lost+found"}
-SYSTEM_FOLDERS |= {b"system volume information"}
+SYSTEM_FOLDERS |= {b"system volume information", b"recycler", b"found.000", b"@tmp", b"@sharebin"}
+SYSTEM_FOLDERS |= {b"#snapshot", b"~snapshot", b"@recently-snapshot"}
 
 
 def is_hidden(name):
@@ -315,21 +316,46 @@ def read_folder(root, remarks):
     if None not in tops:
         walk.refuse_unreadable_classes()
     if None in tops or len(folders) < 2:
-        return Found(root, root, names, remarks=why_no_classes(tops, folders) + walk.remarks() + remarks)
+        return Found(root, root, names, remarks=why_no_classes(tops, folders, names) + walk.remarks() + remarks)
     number = {folder: number for number, folder in enumerate(folders)}
     labels = np.array([number[top] for top in tops], np.int64)
     empty = walk.without_images(folders)
     no_class = [f"no classes, as they hold no images: {enumeration(empty)}"] if empty else []
     classes = [os.fsdecode(folder) for folder in folders]
-    return Found(root, root, names, labels, classes, no_class + walk.remarks() + remarks)
+    return Found(root, root, names, labels, classes, no_class + splits_inside(names) + walk.remarks() + remarks)
 
 
-def why_no_classes(tops, folders):
+def splits_inside(names):
+    """Words on folders below the classes that are called as splits of each other, and are read as one: cat/train beside
+    cat/test, or all of another data set in one class."""
+    below = defaultdict(dict)
+    for folder in dict.fromkeys(name.rpartition(b"/")[0] for name in names):
+        parts = os.fsdecode(folder).split("/")
+        for depth in range(1, len(parts)):
+            below["/".join(parts[:depth])][parts[depth]] = None
+    found = [f"{place}/{name}" for place, inside in below.items() for name in members_of(families(inside))]
+    return [f"read as one, though called as splits: {enumeration(found)}"] if found else []
+
+
+def members_of(found):
+    """The names in what `families` returns."""
+    return [name for kinds in found.values() for names in kinds.values() for name in names]
+
+
+def why_no_classes(tops, folders, names):
     if not folders:
         return []
     if None in tops:
         return [f"{tops.count(None)} of them beside its folders, so that these are no classes"]
-    return [f"all of them in its folder {enumeration([os.fsdecode(folder) for folder in folders])}"]
+    branches = [os.fsdecode(folder) for folder in first_branches(names)]
+    return [f"all of them in its folder {enumeration(branches)}"]
+
+
+def first_branches(names):
+    """The folder that all are in or, where they are in several folders of it, these, such as photographs and masks."""
+    folders = [name.rpartition(b"/")[0] for name in names]
+    shared = os.path.commonpath(folders).count(b"/") + 1
+    return list(dict.fromkeys(b"/".join(folder.split(b"/")[: shared + 1]) for folder in folders))
 
 
 class Walk:
@@ -392,16 +418,24 @@ class Walk:
         files = sum(self.passed_files.values(), Counter())
         unreadable = [os.fsdecode(prefix) for prefix in self.unreadable]
         said = {
-            "passed over": tally(files),
+            "passed over": tally(files, 12),
+            "HEIC": without_reader(files),
             "folders passed over": tally(self.passed_folders),
             "folders that cannot be read": enumeration(unreadable),
         }
         return [f"{what}: {which}" for what, which in said.items() if which]
 
 
-def tally(counter):
+def without_reader(endings):
+    """The remedy, where pictures of a kind that this Pillow does not read are among what was passed over."""
+    if not {".heic", ".heif", ".hif"} & endings.keys() or "HEIF" in known_formats():
+        return ""
+    return "convert it, or pip install pillow-heif"
+
+
+def tally(counter, most=6):
     """ ".txt 12, .xml 3" """
-    return enumeration([f"{os.fsdecode(name)} {count}" for name, count in counter.most_common()], most=6)
+    return enumeration([f"{os.fsdecode(name)} {count}" for name, count in counter.most_common()], most)
 
 
 # Lists ----------------------------------------------------------------------------------------------------------------
@@ -425,6 +459,9 @@ KNOWN_STARTS = {
 }
 
 
+CONTROL_BYTES = {*range(32)} - {*b"\a\b\t\n\f\r\x1b"}  # that no text has
+
+
 def check_is_list(path):
     """Raises UserError, which says what it is, for a file that is no text."""
     try:
@@ -435,7 +472,7 @@ def check_is_list(path):
     what = next((what for start, what in KNOWN_STARTS.items() if head.startswith(start)), None)
     if head[257:262] == b"ustar":
         what = "a tar archive"
-    what = what or image_kind(path) or ("a binary file" if b"\0" in head else None)
+    what = what or image_kind(path) or ("a binary file" if CONTROL_BYTES & {*head} else None)
     if what:
         raise UserError(
             f"--data_path {path} is {what}, which is not read as a data set under this name (.tar, .zip, .parquet, "

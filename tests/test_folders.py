@@ -291,3 +291,45 @@ def test_a_text_that_lists_no_images_is_one_printable_line(tmp_path):
     with pytest.raises(UserError, match="none of its images is there") as error:
         open_folder(tmp_path / "notes", "train")
     assert str(error.value).isprintable()
+
+
+def test_splits_inside_classes_are_read_as_one_and_said(tmp_path):
+    for name in ("cat/train/1.png", "cat/test/1.png", "dog/train/1.png", "dog/Testing/1.png", "emu/1.png"):
+        write(tmp_path / "animals" / name, picture(8, 8))
+    summary = open_dataset(folder_args(tmp_path / "animals")).summary
+    said = "read as one, though called as splits: cat/test, cat/train, dog/Testing, dog/train"
+    assert "5 images in 3 classes (cat, dog, emu)" in summary and said in summary
+    for name in ("fruits/Training/a/1.png", "fruits/Test/a/1.png", "papers/1.png", "emu/train/1.png"):
+        write(tmp_path / "more" / name, picture(8, 8))
+    summary = open_dataset(folder_args(tmp_path / "more")).summary
+    assert "read as one, though called as splits: fruits/Test, fruits/Training" in summary and "emu/" not in summary
+
+
+def test_folders_of_one_set_without_classes_are_named(tmp_path):
+    for name in ("JPEGImages/1.png", "SegmentationClass/1.png", "SegmentationObject/deep/1.png"):
+        write(tmp_path / "VOCdevkit" / "VOC2012" / name, picture(8, 8))
+    inside = [f"VOCdevkit/VOC2012/{name}" for name in ("JPEGImages", "SegmentationClass", "SegmentationObject")]
+    assert f"all of them in its folder {', '.join(inside)}" in open_dataset(folder_args(tmp_path)).summary
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "@tmp", "#snapshot", "#recycle", "~snapshot", "found.000", "RECYCLER"])
+def test_folders_of_network_storage_and_disks_are_no_classes(name, tmp_path):
+    for folder in ("a", "b", name, f"a/{name}"):
+        write(tmp_path / folder / "1.png", picture(8, 8))
+    images = open_dataset(folder_args(tmp_path))
+    assert images.classes == ["a", "b"] and f"folders passed over: {name} 2" in images.summary
+
+
+def test_heic_that_is_passed_over_says_what_reads_it(tmp_path, monkeypatch):
+    write(tmp_path / "a.png", picture(8, 8))
+    (tmp_path / "b.heic").write_bytes(b"1")
+    monkeypatch.setattr(folders, "known_formats", lambda: ("PNG",))
+    summary = open_dataset(folder_args(tmp_path)).summary
+    assert "passed over: .heic 1; HEIC: convert it, or pip install pillow-heif" in summary
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x01(U\x04datq\x02", b"\x80\x05\x95"])
+def test_what_is_no_text_is_no_list(content, tmp_path):
+    (tmp_path / "data_batch_1").write_bytes(content)
+    with pytest.raises(UserError, match="is a binary file, which is not read as a data set"):
+        open_dataset(folder_args(tmp_path / "data_batch_1"))
