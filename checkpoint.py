@@ -538,6 +538,7 @@ def load_checkpoint(path):
         is_file = False
     if not is_file:
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
+    refuse_other_kinds(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
             warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
@@ -559,6 +560,22 @@ def load_checkpoint(path):
         reason = " ".join(str(error).split())[:160]
         whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
+
+
+OTHER_KINDS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: git lfs pull",
+    b"<": "a page of HTML or XML, such as a server's error: download it again",
+    b"{": "a text in JSON: give the file with the weights",
+}
+
+
+def refuse_other_kinds(path):
+    """Raises UserError, with the remedy, for what often lies where weights should."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(64).lstrip()
+        found = next((what for start, what in OTHER_KINDS.items() if head.startswith(start)), None)
+        if found or not head:
+            raise UserError(f"{path}: cannot be read: it is {found or 'an empty file: copy or download it again'}")
 
 
 def check_archive(path):

@@ -32,7 +32,7 @@ import images
 import utils
 from backbones import build_backbone
 from baselines import BASELINES
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, refuse_other_kinds
 from cplearn_head import CPLearn
 from utils import PRECISIONS, UserError, choose_precision, positive
 from vision_transformer import ARCHS, VisionTransformer
@@ -435,6 +435,7 @@ def _read(path):
     elif not os.path.isfile(path):
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
     else:
+        refuse_other_kinds(path)
         try:
             checkpoint = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:

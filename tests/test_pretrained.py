@@ -391,3 +391,19 @@ def test_the_data_set_is_given_or_the_checkpoints_or_a_folder():
 # ---- extraction ------------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "a page of HTML.*download it again"),
+        (b'{"weight_map": {}}', "a text in JSON"),
+        (b"", "an empty file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.pth", "model.safetensors", "model.safetensors.index.json"])
+def test_what_lies_where_weights_should_is_named(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: cannot be read: it is {said}"):
+        load_pretrained(tmp_path / name)
