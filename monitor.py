@@ -7,7 +7,6 @@ feature_statistics, rankme, diagnose, plot_log
 
 import contextlib
 import copy
-import functools
 import json
 import math
 import operator
@@ -111,12 +110,6 @@ class Averages:
         return means
 
 
-@functools.cache
-def warn_once(text):
-    with contextlib.suppress(*UNREADABLE):
-        print(text, file=sys.stderr, flush=True)
-
-
 class RunLog:
     """Terminal, log.txt and TensorBoard of one run, continued at `step`. Silent on every rank but 0.
 
@@ -144,7 +137,9 @@ class RunLog:
                 tqdm.write(text, file=sys.stdout)
                 sys.stdout.flush()
             except UNREADABLE as error:
-                warn_once(f"warning: stdout cannot be written ({error}); the run goes on, its figures are in log.txt")
+                with contextlib.suppress(*UNREADABLE):  # or the interpreter's end fails of what is left to be written
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    print(f"warning: stdout cannot be written ({error}); log.txt has the figures", file=sys.stderr)
 
     def warn(self, found, advice):
         """Say in words what `diagnose` found, each kind once until it is gone again."""

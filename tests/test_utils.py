@@ -396,7 +396,7 @@ main()
 
 
 @pytest.mark.parametrize("to", ["full disk", "closed pipe"])
-@pytest.mark.parametrize("call", ["print(number)", "log.print("text")"])
+@pytest.mark.parametrize("call", ["print(number)", "log.print('text')"])
 def test_a_stdout_that_cannot_be_written(call, to, tmp_path):
     """One line, and of a run no more than a warning."""
     if to == "full disk":
@@ -409,7 +409,7 @@ def test_a_stdout_that_cannot_be_written(call, to, tmp_path):
     done = subprocess.run(words, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(stdout)
     first, *others = done.stderr.splitlines()
-    if call == "log.print("text")":
+    if call == "log.print('text')":
         assert (done.returncode, others) == (0, ["went on"])
         assert first.startswith("warning: stdout cannot be written (")
     else:
@@ -417,7 +417,7 @@ def test_a_stdout_that_cannot_be_written(call, to, tmp_path):
         assert first.startswith("error: stdout cannot be written: ")
 
 
-@pytest.mark.parametrize("call", ["print(number)", "log.print("text")"])
+@pytest.mark.parametrize("call", ["print(number)", "log.print('text')"])
 def test_without_a_stdout(call, tmp_path):
     words = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", PRINTS.format(call), tmp_path]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
