@@ -86,7 +86,7 @@ def open_header(data):
 
 
 def without_harm(decoder, data):
-    """decoder(data); where that fails, of a PNG without what stands beside its pixels."""
+    """decoder(data); where that fails, of a PNG or JPEG without what stands beside its pixels."""
     try:
         return decoder(data)
     except BadImage:
@@ -111,9 +111,11 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def without_extras(data):
-    """A PNG without the chunks that pixels and orientation do not depend on; None for other files.
+    """A PNG or JPEG without the parts that pixels and orientation do not depend on; None for other files.
 
     PIL refuses the whole file for a text of more than a megabyte and for a damaged chunk of any kind."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return jpeg_without_extras(data)
     if not data.startswith(PNG_SIGNATURE):
         return None
     kept, start, view = [PNG_SIGNATURE], len(PNG_SIGNATURE), memoryview(data)
@@ -125,6 +127,24 @@ def without_extras(data):
             kept.append(view[start:end])
         start = end
     return b"".join(kept)
+
+
+def jpeg_without_extras(data):
+    """Of the segments before the scan, those for programs and comments go. JFIF's and Adobe's, which tell the colours,
+    stay where they are whole, as EXIF does."""
+    kept, start = [data[:2]], 2
+    while start + 4 <= len(data) and data[start] == 0xFF and data[start + 1] != 0xDA:  # 0xDA: the scan begins
+        if data[start + 1] == 0xFF:  # padding
+            start += 1
+            continue
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        segment = data[start:end]
+        is_extra = 0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE
+        told = {0xE0: (b"JFIF\0", 16), 0xE1: (b"Exif\0\0", 10), 0xEE: (b"Adobe", 14)}.get(segment[1])
+        if not is_extra or (told and segment[4:].startswith(told[0]) and len(segment) >= told[1] + 2):
+            kept.append(segment)
+        start = max(end, start + 4)
+    return b"".join([*kept, data[start:]])
 
 
 # Pixels ---------------------------------------------------------------------------------------------------------------

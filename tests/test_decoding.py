@@ -329,3 +329,25 @@ def test_endings_beyond_the_usual(tmp_path, ending):
 def test_a_strip_of_one_pixel(tmp_path):
     write(tmp_path / "a.png", np.zeros((1, 20_000, 3), np.uint8))
     assert load_image(tmp_path / "a.png").shape == (3, 1, 20_000)
+
+
+@pytest.mark.parametrize(
+    ("marker", "content"),
+    [
+        (0xEE, b"Adobe"),
+        (0xE0, b"JFIF\0"),
+        (0xE2, b"MPF\0junkjunk"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xED, b"Photoshop 3.0\x008BIM"),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_jpeg_s_pixels_are_read_whatever_stands_beside_them(marker, content, turn, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = turn
+    write(tmp_path / "a.jpg", RGB, exif=exif)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+    (tmp_path / "b.jpg").write_bytes(whole[:2] + segment + whole[2:])
+    for channels in (1, 3):
+        assert torch.equal(load_image(tmp_path / "b.jpg", channels), load_image(tmp_path / "a.jpg", channels))
