@@ -9,6 +9,7 @@ N: images.
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
@@ -353,9 +354,10 @@ def why_no_classes(tops, folders, names):
 
 def first_branches(names):
     """The folder that all are in or, where they are in several folders of it, these, such as photographs and masks."""
-    folders = [name.rpartition(b"/")[0] for name in names]
-    shared = os.path.commonpath(folders).count(b"/") + 1
-    return list(dict.fromkeys(b"/".join(folder.split(b"/")[: shared + 1]) for folder in folders))
+    folders = [name.split(b"/")[:-1] for name in names]
+    pairs = zip(min(folders), max(folders), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return list(dict.fromkeys(b"/".join(folder[: shared + 1]) for folder in folders))
 
 
 class Walk:

@@ -66,7 +66,7 @@ class ImageSet:
             used = [found[0] for found in ranges if found and found[1] == (black, white)]
             low, high = min(low for low, _ in used), max(high for _, high in used)
             settable, bits = white != 255, math.ceil(math.log2(white + 1))
-            if (settable and self.reading.value_range) or high - low >= (white - black) / 10:
+            if (settable and self.reading.value_range) or not 0 < high - low < (white - black) / 10:
                 continue
             advice = f"--value_range {low} {high} spreads such values from black to white"
             advice = advice if settable else "are they masks or classes? If they are images, spread them over 0 to 255"

@@ -31,6 +31,7 @@ from images.folders import (
     look_into,
     looking_for,
     names_of,
+    splits_inside,
     tally,
     validation_beside,
     why_no_classes,
@@ -335,8 +336,8 @@ def labels_of(gathered):
     tops = [top_of(name, b"") for name in names]
     folders = dict.fromkeys(top for top in tops if top is not None)
     if None in tops or len(folders) < 2 or not gathered.kind.has_folders:
-        return None, why_no_classes(tops, folders)
-    return [os.fsdecode(top) for top in tops], []
+        return None, why_no_classes(tops, folders, names)
+    return [os.fsdecode(top) for top in tops], splits_inside(names)
 
 
 # The set --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """images/folders.py: which files are images, splits and classes, and that nothing is left out without a word."""
 
 import os
+import shutil
 
 import pytest
 
@@ -299,6 +300,8 @@ def test_splits_inside_classes_are_read_as_one_and_said(tmp_path):
     summary = open_dataset(folder_args(tmp_path / "animals")).summary
     said = "read as one, though called as splits: cat/test, cat/train, dog/Testing, dog/train"
     assert "5 images in 3 classes (cat, dog, emu)" in summary and said in summary
+    shutil.make_archive(tmp_path / "animals", "tar", tmp_path / "animals")
+    assert said in open_dataset(folder_args(tmp_path / "animals.tar")).summary
     for name in ("fruits/Training/a/1.png", "fruits/Test/a/1.png", "papers/1.png", "emu/train/1.png"):
         write(tmp_path / "more" / name, picture(8, 8))
     summary = open_dataset(folder_args(tmp_path / "more")).summary
