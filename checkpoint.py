@@ -29,7 +29,7 @@ import sys
 import time
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 
 import numpy as np
 import torch
@@ -612,12 +612,6 @@ def refuse_odd_tensors(state):
 def _harmless_types():
     numpy_core = importlib.import_module("numpy._core.multiarray")
     dtypes = [type(np.dtype(t)) for t in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)]
-    paths = [importlib.import_module("pathlib").PosixPath, importlib.import_module("pathlib").PurePosixPath]
-    return [
-        argparse.Namespace,
-        np.dtype,
-        *dtypes,
-        (numpy_core.scalar, "numpy.core.multiarray.scalar"),  # the name in files of numpy 1
-        numpy_core.scalar,
-        *paths,
-    ]
+    scalar = numpy_core.scalar
+    named_by_numpy_1 = (scalar, "numpy.core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, *dtypes, named_by_numpy_1, scalar, PosixPath, PurePosixPath]
