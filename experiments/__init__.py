@@ -58,7 +58,8 @@ KEYS = {  # of the file and of sections whose misspelt keys would be missed in s
     "tune": {"first", "flags", "seed", "evaluate", "score"},
     "log": {"keep"},
     "score": {"name", "from", "format", "chance", "times"},
-    "figure": {"name", "kind", "paper", "rows", "columns", "about"} | {"x", "scores", "keys", "file", "crop", "axes"},
+    "figure": {"name", "kind", "paper", "rows", "columns", "about"}
+    | {"x", "scores", "keys", "file", "crop", "axes", "relative"},
 }
 LISTS = ("column", "row", "score", "figure")  # sections that there are several of
 BASELINES = ("raw pixels", "random weights")  # names in the evaluations' tables

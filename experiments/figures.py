@@ -6,7 +6,8 @@ A [[figure]] of the experiment's file has a `kind`:
 
     curve       `scores` (names of the file's) against `x`, a flag of the rows; a line for each column, the paper's
                 values hollow, the score's chance dotted
-    lines       `keys`: what was kept of evaluations, NAME.KEY; a list of numbers, or with `x` of {x: ..., key: ...}
+    lines       `keys`: what was kept of evaluations, NAME.KEY; a list of numbers, or with `x` of {x: ..., key: ...};
+                `relative`: a list's numbers as shares of its first, for features have no scale of their own
     log         `keys`: what was kept of each logged line, against the step
     epochs      `scores` of each epoch that --saveckp_freq has kept; needs an evaluation of `checkpoints = "all"`
     pictures    `file`: what an evaluation has drawn of each row's first seed, such as "collapse_matrices_*.png";
@@ -158,6 +159,7 @@ def draw_lines(plt, experiment, figure):
                 found = [SERIES[figure["kind"]](experiment, figure, result, key) for result in results]
                 draw_series(axis, [series for series in found if series[0]], style_of(rows.index(row["name"]), row))
         named = key if figure["kind"] == "epochs" else key.split(".")[-1]
+        named += " / its largest" if figure.get("relative") else ""
         labels = {"title": column_name, "ylabel": named, "xlabel": X_OF.get(figure["kind"], figure.get("x", "rank"))}
         dress(axis, labels | figure.get("axes", {}))
     return name_lines(drawn, axes) if cells else None
@@ -191,6 +193,7 @@ def kept_series(experiment, figure, result, key):
     whole = next((k for k in kept if path == k or path.startswith(k + ".")), None)
     items = kept.get(whole) or []
     if whole == path:
+        items = [item / items[0] for item in items] if figure.get("relative") else items
         return list(range(1, len(items) + 1)), items
     return [item[figure["x"]] for item in items], [item[path[len(whole) + 1 :]] for item in items] if whole else []
 

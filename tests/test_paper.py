@@ -133,6 +133,8 @@ def test_a_curve_is_the_mean_over_seeds_with_chance_and_the_papers_value(plt, ke
 def test_lines_have_a_panel_for_each_key_and_a_line_for_each_row(plt, kept):
     spectrum = {"name": "", "kind": "lines", "keys": ["collapse.curves.spectrum"]}
     assert lines_of(figures.draw_lines(plt, kept, spectrum).axes[0])["K = 16"] == [[1, 3], [2, 1]]
+    as_shares = lines_of(figures.draw_lines(plt, kept, spectrum | {"relative": True}).axes[0])["K = 16"]
+    assert as_shares == [[1, 1], [2, 1 / 3]]
     mixtures = {"name": "", "kind": "lines", "keys": ["collapse.curves.mixtures.entropy"], "x": "components"}
     assert lines_of(figures.draw_lines(plt, kept, mixtures).axes[0])["K = 4"] == [[2, 4.5], [5, 9]]
     log = {"name": "", "kind": "log", "keys": ["loss"], "rows": ["K = 1*"]}
