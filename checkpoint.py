@@ -538,7 +538,6 @@ def load_checkpoint(path):
         is_file = False
     if not is_file:
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
-    refuse_other_kinds(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless_types()):
             warnings.simplefilter("ignore")  # of an unusual pickle: what is refused says so below
@@ -547,6 +546,7 @@ def load_checkpoint(path):
             refuse_odd_tensors(state)
             return state
     except pickle.UnpicklingError as error:
+        refuse_other_kinds(path)
         reason = " ".join(str(error).split())
         at, end = reason.find("Unsupported"), reason.find(" Please use")  # what follows is advice for programs
         reason = reason[max(0, at) : end if end > at else None][:160].rstrip(". ")
@@ -557,6 +557,7 @@ def load_checkpoint(path):
     except MemoryError:
         raise UserError(f"{path}: refused, it asks for more memory than there is; is it damaged?") from None
     except Exception as error:  # a damaged file fails in many ways, none of them ours to list
+        refuse_other_kinds(path)
         reason = " ".join(str(error).split())[:160]
         whole = "" if zipfile.is_zipfile(path) else "; the file is truncated or no checkpoint"
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {reason}){whole}") from None
@@ -570,7 +571,8 @@ OTHER_KINDS = {
 
 
 def refuse_other_kinds(path):
-    """Raises UserError, with the remedy, for what often lies where weights should."""
+    """Of a file that does not load: raises UserError, with the remedy, for what often lies where weights should. Not
+    before, as any bytes may begin a safetensors file: its header's length."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(64).lstrip()
         found = next((what for start, what in OTHER_KINDS.items() if head.startswith(start)), None)

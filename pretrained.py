@@ -435,10 +435,10 @@ def _read(path):
     elif not os.path.isfile(path):
         raise UserError(f"{path}: no such file; expected a checkpoint (nothing is ever downloaded)")
     else:
-        refuse_other_kinds(path)
         try:
             checkpoint = safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
+            refuse_other_kinds(path)
             raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, expected a dict of tensors")

@@ -48,13 +48,18 @@ class Layout:
 
 
 def _join_qkv(state):
-    """Separate queries, keys and values -> one matrix, in that order."""
-    joined = {name: tensor for name, tensor in state.items() if not re.search(r"\.attn\.(query|key|value)\.", name)}
+    """Queries, keys and values in one tensor, as timm has them. Keys may have no bias, which is a bias of 0; where
+    anything else is missing, the tensors stay as they are, so that they are named as tensors that do not fit."""
+    joined = dict(state)
     for name in state:
         if ".attn.query." in name:
-            named = {part: name.replace(".query.", f".{part}.") for part in ("query", "key", "value")}
-            parts = [state.get(named[part], torch.zeros_like(state[name])) for part in named]  # keys may have no bias
-            joined[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+            query, key, value = (name.replace(".query.", f".{part}.") for part in ("query", "key", "value"))
+            no_bias = torch.zeros_like(state[query]) if key.endswith(".bias") else None
+            parts = state[query], state.get(key, no_bias), state.get(value)
+            if all(part is not None for part in parts):
+                joined[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+                for part in (query, key, value):
+                    joined.pop(part, None)
     return joined
 
 

@@ -193,7 +193,7 @@ def kept_series(experiment, figure, result, key):
     whole = next((k for k in kept if path == k or path.startswith(k + ".")), None)
     items = kept.get(whole) or []
     if whole == path:
-        items = [item / items[0] for item in items] if figure.get("relative") else items
+        items = [item / (items[0] or math.nan) for item in items] if figure.get("relative") else items
         return list(range(1, len(items) + 1)), items
     return [item[figure["x"]] for item in items], [item[path[len(whole) + 1 :]] for item in items] if whole else []
 

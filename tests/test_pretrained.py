@@ -407,3 +407,19 @@ def test_what_lies_where_weights_should_is_named(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: cannot be read: it is {said}"):
         load_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("length", [0x7B20, 0x3C20])
+def test_a_header_whose_length_looks_like_text_is_a_header(length, tmp_path):
+    """Its eight bytes begin with b" {" or b" <"."""
+    torch.manual_seed(0)
+    model = build_backbone("vit_tiny", patch_size=16, img_size=32)
+    content = safetensors.torch.save(model.state_dict())
+    size = int.from_bytes(content[:8], "little")
+    assert size <= length
+    header = content[8 : 8 + size].rstrip() + b" " * (length - len(content[8 : 8 + size].rstrip()))
+    (tmp_path / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + content[8 + size :])
+    loaded = load_pretrained(tmp_path / "model.safetensors", arch="vit_tiny", patch_size=16, img_size=32)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model.eval()(images))

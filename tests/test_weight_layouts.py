@@ -235,6 +235,14 @@ def test_other_networks_of_transformers_are_named_by_their_tensors(tmp_path):
         load_pretrained(tmp_path / "beit.pth")
 
 
+def test_a_projection_that_is_missing_is_no_zero(tmp_path):
+    state = transformers_state(False)
+    del state[next(name for name in state if name.endswith("key.weight"))]
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.(qkv|query)"):
+        load_pretrained(tmp_path / "damaged.pth", arch="vit_tiny")
+
+
 # ---- MoCo-v3, MAE, iBOT, DINO's ResNet -------------------------------------------------------------------------------
 
 
