@@ -67,16 +67,22 @@ def larger_k_clusters(results):
 
 
 def by_size(results, scores, form):
-    """(verdict, table) of CPLearn, l2, over K: does the largest K beat the smallest?"""
-    experiment, lines, changes = comparison(results), [], []
+    """(verdict, sentence and table) of CPLearn, l2, over K: does the largest K beat the smallest?"""
+    experiment, lines, changes = comparison(results), [], {}
     for column in experiment.columns():
         for title, score in scores.items():
             samples = [values(experiment, f"CPLearn, l2, K = {k}", column, score) for k in SIZES]
             change = difference(samples[-1], samples[0])
-            changes.append(change)
+            changes.setdefault(column["name"], []).append(change)
             texts = {f"K = {k}": mean_and_spread(sample, form) for k, sample in zip(SIZES, samples, strict=True)}
             lines.append({"": f"{column['name']}, {title}"} | texts | {"last - first": told(change, form)})
-    return judge(changes), as_table(lines)
+    counts = "; ".join(f"{name}: {ups_and_downs(of_column)}" for name, of_column in changes.items())
+    return judge(sum(changes.values(), [])), f"From K = {SIZES[0]} to {SIZES[-1]}: {counts}.\n\n{as_table(lines)}"
+
+
+def ups_and_downs(changes):
+    rise, fall = (sum(sign * by > 2 * error for by, error in filter(None, changes)) for sign in (1, -1))
+    return f"{rise} of {len(changes)} scores rise, {fall} fall"
 
 
 # ---- beta ------------------------------------------------------------------------------------------------------------

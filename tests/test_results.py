@@ -175,6 +175,10 @@ def test_a_verdict_needs_two_standard_errors_everywhere(changes, verdict):
     assert claims.judge(changes) == verdict
 
 
+def test_scores_that_rise_and_fall_are_counted_by_the_same_rule():
+    assert claims.ups_and_downs([(2.0, 0.5), (1.0, 0.6), (-2.0, 0.5), None]) == "1 of 4 scores rise, 1 fall"
+
+
 def test_rank_correlation_by_hand():
     pairs = list(zip((1, 2, 3, 4, 5), (2, 1, 4, 3, 5), strict=True))
     assert claims.rank_correlation(pairs) == pytest.approx(1 - 6 * 4 / (5 * 24))
