@@ -77,7 +77,8 @@ def by_size(results, scores, form):
             texts = {f"K = {k}": mean_and_spread(sample, form) for k, sample in zip(SIZES, samples, strict=True)}
             lines.append({"": f"{column['name']}, {title}"} | texts | {"last - first": told(change, form)})
     counts = "; ".join(f"{name}: {ups_and_downs(of_column)}" for name, of_column in changes.items())
-    return judge(sum(changes.values(), [])), f"From K = {SIZES[0]} to {SIZES[-1]}: {counts}.\n\n{as_table(lines)}"
+    every = [change for of_column in changes.values() for change in of_column]
+    return judge(every), f"From K = {SIZES[0]} to {SIZES[-1]}: {counts}.\n\n{as_table(lines)}"
 
 
 def ups_and_downs(changes):
