@@ -516,13 +516,11 @@ def plot_log(log_path, figure_path):
     for axis, (title, (least, curves)) in zip(axes.flat, panels.items(), strict=False):
         for label, points in curves.items():
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1.3)
-        axis.set_title(title)
+        name_curves(axis, title, curves)
         if least == "log" and axis.has_data():
             axis.set_yscale("log")
         elif least is not None:
             axis.set_ylim(bottom=least)
-        if any(label not in title for label in curves):
-            axis.legend(fontsize=8, loc="best", frameon=True, framealpha=0.85, edgecolor="none")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis in axes.flat[: len(panels)][-3:]:  # the lowest of each column
@@ -531,6 +529,14 @@ def plot_log(log_path, figure_path):
     with replace_file(figure_path) as file:
         figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def name_curves(axis, title, curves):
+    """A panel's title, and below it, so that it hides no curve, the legend; none where the title names the only one."""
+    names = [] if len(curves) == 1 and all(label in title for label in curves) else curves
+    if names:
+        axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
+    axis.set_title(title, pad=6 + 14 * -(-len(names) // 2))  # points
 
 
 def value_or_none(value_of, line):

@@ -16,9 +16,11 @@ from monitor import (
     diagnose,
     drop_lines_after,
     feature_statistics,
+    name_curves,
     panels_of,
     plot_log,
     plot_views,
+    pyplot,
     rankme,
     read_log,
 )
@@ -148,6 +150,20 @@ def test_log_file_is_strict_json_and_figures_are_drawn(tmp_path, capsys):
     (tmp_path / "loss.png").unlink()
     plot_log(tmp_path / "log.txt", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10000
+
+
+def test_a_legend_names_every_curve_and_hides_none():
+    figure, axes = pyplot().subplots(1, 4, figsize=(14, 3.5))
+    for axis, labels in zip(axes, (["loss"], ["a"], ["log K", "entropy"], list("abcde")), strict=True):
+        for label in labels:
+            axis.plot([0, 1], [1, 1], label=label)  # to the edges
+        name_curves(axis, "loss, log K, entropy", labels)
+    figure.draw_without_rendering()
+    assert axes[0].get_legend() is None
+    for axis, count in zip(axes[1:], (1, 2, 5), strict=True):
+        legend, title = axis.get_legend().get_window_extent(), axis.title.get_window_extent()
+        assert len(axis.get_legend().get_texts()) == count
+        assert axis.bbox.y1 - 1 <= legend.y0 and legend.y1 <= title.y0  # pixels: axes below, title above
 
 
 def test_a_figure_is_drawn_by_another_process_when_it_is_time_and_its_failure_is_heard(tmp_path, capsys):
