@@ -13,8 +13,6 @@ noise are functions of the step, so that the state at a step's end is all there 
 
 import argparse
 import contextlib
-import errno
-import fcntl
 import importlib
 import itertools
 import json
@@ -35,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from running.files import append_whole, replace_file
 from running.watch import GRACE_S
 from utils import (
     RunFailed,
@@ -431,74 +430,11 @@ def save_checkpoint(state, path):
     Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
     """
     try:
-        with replace_file(path) as file:
+        with replace_file(path, alone=True) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"
         raise OSError(f"{path}: could not be written: {reason}") from error
-
-
-def append_whole(path, content):
-    """Append bytes to a file, all of them or none. Raises OSError."""
-    with open(path, "ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if content and file.write(content) < len(content):  # a disk that fills up takes a part
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextlib.contextmanager
-def replace_file(path):
-    """Yields a binary file beside `path`, which takes its place, forced to disk, if nothing is raised: at any moment
-    `path` is the old file or the new one, whole."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _fsync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def _fsync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock_folder(folder, flag="--output_dir"):
-    """Hold `folder` for this process alone: returns an open file, and the lock lasts until it is closed.
-
-    A POSIX record lock: the kernel drops it when its holder dies, however it dies, children do not inherit it, and
-    NFS and Lustre carry it between nodes. Raises UserError if another process holds it or the folder is read-only."""
-    path = Path(folder) / ".lock"
-    try:
-        file = open(path, "a+")  # noqa: SIM115 (closing it would let the lock go)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written to ({error.strerror})") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES
-        file.seek(0)
-        raise UserError(
-            f"{flag} {folder}: another run is writing to it ({file.read(200).strip()}); wait for its end or give "
-            "another folder"
-        ) from None
-    except OSError as error:
-        print(f"warning: {folder} is on a file system without locks ({error.strerror}); start no second run on it")
-    file.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}{f', job {job}' if job else ''}\n")
-    file.flush()
-    return file
 
 
 def wait_for_same_file(path, seconds=90):

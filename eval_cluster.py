@@ -18,6 +18,7 @@ Shapes: N images, D features, C classes, M codes in use, K codes of a head, k cl
 
 import argparse
 import csv
+import io
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import evaluation
 import utils
 from evaluation import gallery
 from evaluation.clustering import MAX_LINKED, clustering_scores, kmeans, mean_features, merge, usage
+from running.files import replace_file, write_whole
 from utils import UserError
 
 EXPORTS = (".csv", ".parquet")
@@ -248,17 +250,19 @@ def export(path, images, found):
 
 
 def write_csv(path, columns):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_whole(path, text.getvalue())
 
 
 def write_parquet(path, columns):
     import pyarrow
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table(columns), path)
+    with replace_file(path) as file:
+        parquet.write_table(pyarrow.table(columns), file)
 
 
 def draw_galleries(args, models, images, found):

@@ -247,8 +247,7 @@ def draw(evaluated, seer, val, methods, args):
             if row == 0:
                 axis.set_title(title, fontsize=9)
     figure.suptitle(label_text(evaluated.name, 100), fontsize=9)
-    figure.savefig(f"{args.output_dir}/dense_{evaluated.stem}.png", bbox_inches="tight")
-    plt.close(figure)
+    evaluation.save_figure(figure, f"{args.output_dir}/dense_{evaluated.stem}.png", bbox_inches="tight")
 
 
 def colours_of(labels):

@@ -479,8 +479,7 @@ def draw_confusion(percent, classes, path):
             value = percent[row, column]
             colour = "white" if value > 30 else "black"
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    figure.savefig(path)
-    plt.close(figure)
+    evaluation.save_figure(figure, path)
 
 
 if __name__ == "__main__":

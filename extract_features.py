@@ -255,8 +255,7 @@ def draw_similar(path, file, images, rows, cosines, maker):
     for axis, (title, picture) in zip(axes.flat, shown, strict=False):
         axis.imshow(picture, cmap="gray")
         axis.set_title(title, fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    evaluation.save_figure(figure, path, bbox_inches="tight")
 
 
 if __name__ == "__main__":

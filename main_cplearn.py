@@ -55,7 +55,6 @@ from checkpoint import (
     copy_is_due,
     find_earlier,
     keep_copy,
-    lock_folder,
     losing_nothing,
     refuse_differences,
     resume,
@@ -83,6 +82,7 @@ from optimizer import (
 )
 from pretrained import OBJECTIVES, load_backbone
 from report.replay import args_of_run, replay
+from running.files import lock_folder
 from running.loggers import add_logger_arguments, require
 from running.watch import Watch
 from running.writer import Writer

@@ -11,10 +11,10 @@ The page is one file, which leads nowhere and asks nothing of the network. The r
 import time
 from pathlib import Path
 
-from checkpoint import replace_file
 from evaluation import markdown_table
 from report import duration, headline, is_run, read_run, report_page, runs_below
 from report.compare import SCORES, score_of
+from running.files import write_whole
 from utils import ArgumentParser, UserError, command_line, positive
 
 WAIT_S = 30.0  # the least time between two pages of --watch, and what it shows a browser
@@ -57,8 +57,7 @@ def write_page(folders, output, every_s):
     page = report_page(runs, refresh=round(every_s) if again else None)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(output) as file:
-            file.write(page.encode("utf-8"))
+        write_whole(output, page)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
     print(f"{output}: {len(page) / 1e6:.1f} MB; {'; '.join(headline(run)[1] for run in runs)}", flush=True)

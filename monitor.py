@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import append_whole, replace_file
+from running.files import append_whole, replace_file
 from running.loggers import Forwarder
 from utils import UNREADABLE, RunFailed, all_reduce_mean, one_line, rank
 
@@ -298,7 +298,7 @@ def drop_lines_after(path, step, epoch_is_open=False):
         kept = [line for line in read_log(path) if step and line["step"] <= step]
         if epoch_is_open:
             kept = [line for line in kept if (line["kind"], line["step"]) != ("epoch", step)]
-        with replace_file(path) as file:
+        with replace_file(path, alone=True) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
@@ -448,6 +448,14 @@ def pyplot():
     return plt
 
 
+def save_figure(figure, path, alone=False, **options):
+    """A figure as PNG, in place of what `path` holds, and closed. alone: as in `replace_file`. options: savefig's.
+    Raises OSError."""
+    with replace_file(path, alone) as file:
+        figure.savefig(file, format="png", **options)
+    pyplot().close(figure)
+
+
 # loss.png: title of a panel, least value shown (None: as it comes; "log": a logarithmic scale), and its curves
 # {label: function of a line of log.txt}
 PANELS = {
@@ -526,9 +534,7 @@ def plot_log(log_path, figure_path):
     for axis in axes.flat[: len(panels)][-3:]:  # the lowest of each column
         axis.set_xlabel("step")
         axis.tick_params(labelbottom=True)
-    with replace_file(figure_path) as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
+    save_figure(figure, figure_path, alone=True)  # of a run, which holds its folder's lock
 
 
 def name_curves(axis, title, curves):

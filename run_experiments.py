@@ -34,9 +34,10 @@ import time
 from pathlib import Path
 
 import images
-from checkpoint import load_checkpoint, lock_folder, replace_file
+from checkpoint import load_checkpoint
 from experiments import RESULTS, Experiment, read_experiment, read_json, score_of, words_of
 from experiments.commands import Commands
+from running.files import lock_folder, write_whole
 from utils import UNFINISHED, ArgumentParser, UserError, command_line, commit, make_folder, one_line, positive
 
 ROOT = Path(__file__).resolve().parent
@@ -459,7 +460,7 @@ class Runner:
         make_folder(self.experiment.path(cell).parent, "--results_dir")
         for pattern in self.experiment.pictures_of(cell):
             for drawn in folder.glob(pattern):
-                shutil.copyfile(drawn, self.experiment.picture(cell.name, pattern))
+                write_whole(self.experiment.picture(cell.name, pattern), Path(drawn).read_bytes())
 
     def curves(self, cell, folder):
         """The log's last line, numbers of all lines where the experiment asks for them, what else evaluations have to
@@ -571,8 +572,7 @@ def last_line(path):
 def write_json(path, value):
     """Whole or not at all; a line for each of its keys."""
     lines = [f"{json.dumps(key)}: {json.dumps(item)}" for key, item in value.items()]
-    with replace_file(path) as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 class signals_to:

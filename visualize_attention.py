@@ -253,13 +253,12 @@ def to_unit_range(scores):
 
 def save_pictures(image, colours, threshold, folder):
     """DINO's files and pca.png, each h x w pixels. A map is violet at its minimum and yellow at its maximum."""
-    plt = evaluation.pyplot()
-    plt.imsave(folder / "img.png", np.ascontiguousarray(image.pixels))
-    plt.imsave(folder / "pca.png", enlarged(colours, image))
+    evaluation.save_picture(folder / "img.png", np.ascontiguousarray(image.pixels))
+    evaluation.save_picture(folder / "pca.png", enlarged(colours, image))
     masks = attention_mask(image.attention, threshold)
     for head, (attention, mask) in enumerate(zip(image.attention, masks, strict=True)):
-        plt.imsave(folder / f"attn-head{head}.png", enlarged(attention, image))
-        plt.imsave(folder / f"mask_th{threshold:g}_head{head}.png", painted(image, {head: mask}))
+        evaluation.save_picture(folder / f"attn-head{head}.png", enlarged(attention, image))
+        evaluation.save_picture(folder / f"mask_th{threshold:g}_head{head}.png", painted(image, {head: mask}))
 
 
 def enlarged(patches, image):
@@ -305,8 +304,7 @@ def plot_overview(image, colours, threshold, path):
         axis.spines[:].set(visible=True, color=head_colour(head), linewidth=3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
+    evaluation.save_figure(figure, path)
 
 
 def attention_range(attention):
@@ -344,8 +342,7 @@ def plot_contact_sheets(seen, colours, folder):
             draw(line[0], image.pixels, short_name(image.path, 34))
             draw(line[1], mean, f"attention, {attention_range(mean)}")
             draw(line[2], picture, "patch features")
-        figure.savefig(folder / f"contact_sheet{f'_{sheet + 1}' if sheet else ''}.png")
-        plt.close(figure)
+        evaluation.save_figure(figure, folder / f"contact_sheet{f'_{sheet + 1}' if sheet else ''}.png")
 
 
 if __name__ == "__main__":

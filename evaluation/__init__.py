@@ -35,11 +35,13 @@ from tqdm import tqdm
 
 import data
 import images as image_sets
+import monitor
 import pretrained
 import utils
 from backbones import lay_out
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel, split_key
+from running.files import replace_file, write_whole
 from running.watch import Watch
 from utils import UserError
 
@@ -367,17 +369,46 @@ def report(name, rows, columns, args, models, notes=(), **more):
     rows, and notes, settings, models, versions and `more`.
     """
     table = "\n".join([markdown_table(rows, columns), *[f"\n{note}" for note in notes]])
-    if args.output_dir is not None:  # before the terminal, which may be a pipe that nobody reads any more
-        folder = Path(args.output_dir)
-        command = shlex.join([f"python {Path(sys.argv[0]).name}", *sys.argv[1:]]).replace("'", "", 2)
-        (folder / f"results_{name}.md").write_text(f"{table}\n\n    {command}\n", "utf-8", "surrogateescape")
-        results = {"rows": rows, "notes": list(notes)} | more | {
-            "settings": vars(args),
-            "models": {evaluated.name: evaluated.describe() for evaluated in models},
-            "versions": versions(),
-        }  # fmt: skip
-        (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    if args.output_dir is None:
+        print(table, flush=True)
+        return
+    folder = Path(args.output_dir)
+    command = shlex.join([f"python {Path(sys.argv[0]).name}", *sys.argv[1:]]).replace("'", "", 2)
+    results = {"rows": rows, "notes": list(notes)} | more | {
+        "settings": vars(args),
+        "models": {evaluated.name: evaluated.describe() for evaluated in models},
+        "versions": versions(),
+    }  # fmt: skip
+    try:  # before the terminal, which may be a pipe that nobody reads any more
+        write_whole(folder / f"results_{name}.md", f"{table}\n\n    {command}\n")
+        write_whole(folder / f"results_{name}.json", json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        print(table, flush=True)
+        raise UserError(
+            f"--output_dir {folder}: results_{name}.* cannot be written ({error.strerror}); the table is above"
+        ) from None
     print(table, flush=True)
+
+
+def save_picture(path, pixels):
+    """Pixels (H, W) or (H, W, 3) as PNG, in place of what `path` holds."""
+    with written(path), replace_file(path) as file:
+        pyplot().imsave(file, pixels, format="png")
+
+
+def save_figure(figure, path, **options):
+    """A figure as PNG, in place of what `path` holds, and closed. options: savefig's."""
+    with written(path):
+        monitor.save_figure(figure, path, **options)
+
+
+@contextlib.contextmanager
+def written(path):
+    """Raises UserError where `path` cannot be written inside."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def count_hits(ranked, labels):

@@ -23,6 +23,7 @@ import utils
 from augmentation import make_crop_recipe
 from evaluation import RANKED, fingerprint
 from evaluation.linear_probe import rank_classes, scores
+from running.files import write_whole
 from utils import UserError
 
 
@@ -75,7 +76,7 @@ class ClassifierRun:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save_checkpoint(self.state_dict(), self.folder / self.KEPT)
-            (self.folder / self.LOG).write_text("".join(json.dumps(line) + "\n" for line in self.log))
+            write_whole(self.folder / self.LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def resume(self):
         """Go on where the folder's run was, if there is one. Raises UserError where it is of other settings."""

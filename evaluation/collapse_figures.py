@@ -39,8 +39,7 @@ def draw_all(folder, curves, pictures, images):
         if "tsne" in of_model:
             figures[f"tsne_{stem}"] = draw_tsne(plt, name, of_model, images)
     for name, figure in figures.items():
-        figure.savefig(Path(folder) / f"collapse_{name}.png")
-        plt.close(figure)
+        evaluation.save_figure(figure, Path(folder) / f"collapse_{name}.png")
 
 
 # ---- one figure for all models ---------------------------------------------------------------------------------------

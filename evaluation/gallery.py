@@ -18,6 +18,7 @@ import evaluation
 from evaluation.page import SMALL, html_page, inlined
 from images import BadImage
 from monitor import as_picture
+from running.files import write_whole
 from utils import UserError
 
 THUMBNAIL = 96  # px, the longer side
@@ -40,11 +41,9 @@ def write_gallery(stem, title, images, codes, num_codes=12, seed=0, word="code")
         group["thumbnails"], group["word"] = [thumbnail(images, index) for index in group["indices"]], word
     stem = Path(stem)
     paths = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.html")
-    try:
-        draw(paths[0], printable(title), groups)
-        paths[1].write_text(page(printable(title), groups), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{stem}.*: the gallery cannot be written: {error.strerror or error}") from error
+    draw(paths[0], printable(title), groups)
+    with evaluation.written(paths[1]):
+        write_whole(paths[1], page(printable(title), groups))
     return paths
 
 
@@ -118,8 +117,7 @@ def draw(path, title, groups):
     axis.spines[:].set_visible(False)
     order = f"fullest {groups[0]['word']}s first, then some at random; images at random"
     figure.suptitle(f"{label_text(title, 110)}\n{order}", fontsize=9)
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+    evaluation.save_figure(figure, path, bbox_inches="tight")
 
 
 def put(square, image):

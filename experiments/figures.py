@@ -68,8 +68,7 @@ def draw(plt, experiment, figure):
     told = [textwrap.fill(figure[key], letters) for key in ("name", "about") if key in figure]
     drawn.suptitle("\n".join(told), fontsize=9)
     path = experiment.results / f"{slug(title)}.png"
-    drawn.savefig(path)
-    plt.close(drawn)
+    evaluation.save_figure(drawn, path)
     print(path)
 
 

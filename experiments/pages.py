@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 from experiments import RESULTS, ROOT, claims, read_experiment, tables
+from running.files import write_whole
 from utils import ArgumentParser, UserError, command_line
 
 PAGES = [ROOT.parent / "docs" / "results.md", ROOT.parent / "README.md"]
@@ -35,7 +36,7 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     for page in map(Path, args.page):
         text = page.read_text("utf-8")
-        page.write_text(refreshed(text, args.results_dir), "utf-8")
+        write_whole(page, refreshed(text, args.results_dir))
         print(f"{page.name}: {len(BLOCK.findall(text))} blocks")
 
 

@@ -11,6 +11,7 @@ compared), .write(folder), .open(folder, device) -> a function of images (B, C, 
 import importlib
 import os
 import shutil
+import uuid
 
 import torch
 
@@ -31,9 +32,8 @@ def check_packages(form, flag):
 
 def write_checked(folder, form, card, model, device, checkpoint):
     """Everything beside `folder`, opened once by the form's program, then renamed: a folder that is there is whole."""
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # of this process alone
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         (aside / "README.md").write_text(card, encoding="utf-8")
         write(aside, form, folder)

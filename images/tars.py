@@ -10,7 +10,6 @@ shard of its size and time of change only.
 import hashlib
 import os
 import stat
-import tempfile
 from collections import Counter
 from contextlib import suppress
 
@@ -25,6 +24,7 @@ from images.listing import (
     kind_of_member,
     label_in,
 )
+from running.files import write_whole
 
 BLOCK = 512
 REGULAR = (b"0", b"\0", b"7")
@@ -259,17 +259,3 @@ def keep(path, status, listing, remark):
             write_whole(place, head + body)
             return f"{remark}, kept beside them" if place == beside else f"{remark}, kept in {os.path.dirname(place)}"
     return f"{remark}, not kept: neither their folder nor {os.path.dirname(cached)} can be written to"
-
-
-def write_whole(path, content):
-    folder, name = os.path.split(path)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)  # for the others who read the shard
-            file.write(content)
-        os.replace(aside, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(aside)
-        raise

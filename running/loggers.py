@@ -18,6 +18,7 @@ import threading
 import uuid
 from pathlib import Path
 
+from running.files import write_whole
 from utils import UserError, one_line
 
 LOGGERS = ("wandb", "mlflow", "trackio")
@@ -103,7 +104,7 @@ def kept_name(output_dir, logger, say):
     if not isinstance(names.get(logger), str):
         names[logger] = uuid.uuid4().hex[:16]
         with contextlib.suppress(OSError):  # a run that cannot write here says so elsewhere
-            path.write_text(json.dumps(names))
+            write_whole(path, json.dumps(names))
     return names[logger]
 
 

@@ -239,6 +239,23 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_left(kind, tmp_path, cap
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
+def test_of_two_exports_at_once_one_is_kept_whole_and_the_other_says_so(tmp_path, monkeypatch, capsys):
+    path, _ = vit(tmp_path / "checkpoint.pth")
+    check, kept = exports.check, {}
+
+    def another_ends_first(*args):
+        check(*args)
+        if not kept:
+            kept["begun"] = None
+            export(path, tmp_path / "out")
+            kept.update({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()})
+
+    monkeypatch.setattr(exports, "check", another_ends_first)
+    assert "out: cannot be written: Directory not empty" in error_of(capsys, export, path, tmp_path / "out")
+    assert len(kept) > 2 and {"begun": None} | {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == kept
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "out"]
+
+
 @pytest.mark.parametrize("kind", CHANGES)
 def test_an_export_that_is_there_already_is_kept(kind, tmp_path, capsys):
     """Whatever would become of the new one."""

@@ -21,12 +21,13 @@ import accumulation
 import main_cplearn
 import monitor
 from backbones import build_backbone
-from checkpoint import load_checkpoint, lock_folder
+from checkpoint import load_checkpoint
 from cplearn_head import CPLearn
 from evaluation import probes
 from main_cplearn import get_args_parser, train
 from monitor import NonFiniteLoss, read_log
 from pretrained import load_pretrained
+from running.files import lock_folder
 from runs import assert_same_checkpoint, logged, write_pictures
 from utils import UserError
 

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 import make_report
-from checkpoint import lock_folder
 from report import folder as folders
 from report import read_run, report_page
 from report.charts import MOST_POINTS, Series, thinned
 from report.compare import score_of, scores
 from report.words import headline
+from running.files import lock_folder
 from runs import flags, kill_at, launch, write_pictures
 from utils import UserError
 
@@ -133,7 +133,7 @@ def test_the_state_is_what_the_last_start_came_to(tmp_path, starts, state):
 
 def test_a_run_is_running_while_a_process_holds_its_folder_and_is_stale_where_that_is_silent(tmp_path):
     write_run(tmp_path, [line(50)], [start(0)])
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from checkpoint import lock_folder; " \
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from running.files import lock_folder; " \
            f"lock = lock_folder({str(tmp_path)!r}); print('held', flush=True); sys.stdin.read()"  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
