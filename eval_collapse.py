@@ -203,7 +203,21 @@ def report(rows, curves, args, models, num_images):
     else:
         del columns["mixture_entropy"]
     notes = ["\n".join([row["checkpoint"], "", *verdict_lines(row)]) for row in rows]
+    notes += highest_rank(rows, models)
     evaluation.report("collapse", rows, columns, args, models, notes, curves=curves, num_images=num_images)
+
+
+def highest_rank(rows, models):
+    """A note on choosing without labels, where several of CPLearn's checkpoints have features of one width."""
+    own = [row for row, evaluated in zip(rows, models, strict=True) if isinstance(evaluated.model.head, CPLearnHead)]
+    if len(own) < 2 or len({row["width"] for row in own}) > 1 or None in (ranks := [row["rankme"] for row in own]):
+        return []
+    best = own[ranks.index(max(ranks))]
+    return [
+        f"Without labels: the highest RankMe of CPLearn's is that of {best['checkpoint']}. Of what was tried, RankMe ranks "
+        "runs of other codes and activations most like k-NN and linear accuracy; within one setting it says little "
+        "(docs/results.md, Choosing without labels)."
+    ]
 
 
 def verdict_lines(row):

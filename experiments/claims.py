@@ -338,32 +338,36 @@ WITHOUT_LABELS = {  # score, and the sign in which more of it should be better
     "codes in use": ("collapse.codes_used", 1),
     "perplexity of codes": ("collapse.perplexity", 1),
 }
-ALL_SYSTEMS = "all systems"
+OWN_ROWS, ALL_SYSTEMS = "CPLearn's rows", "all systems"
 FEWEST_RUNS = 5  # that a rank correlation is made of
 WITH_LABELS = {"20-NN": "knn.top1", "linear": "linear.top1", "k-means AMI": "cluster[k-means 10].ami"}
 
 
 @claim("choice", "comparison", "(Ours.) What needs no labels ranks runs as scores with labels do.")
 def choice(results):
-    lines, within = [], {name: [] for name in WITHOUT_LABELS}
+    lines, found_by = [], {}
     for column, system, found in runs_by_system(results):
         line = {"": f"{column}, {system}", "runs": len(found)}
+        group = system if system in (OWN_ROWS, ALL_SYSTEMS) else "the runs of one system's grid"
         for name, (free, sign) in WITHOUT_LABELS.items():
             ranked = []
             for score in WITH_LABELS.values():
                 pairs = [(sign * x, y) for r in found if None not in (x := score_of(r, free), y := score_of(r, score))]
                 ranked.append(rank_correlation(pairs))
-            within[name] += [value for value in ranked if value is not None and system != ALL_SYSTEMS]
+            found_by.setdefault(group, {}).setdefault(name, []).extend(v for v in ranked if v is not None)
             line[name] = " / ".join("-" if value is None else f"{value:.2f}" for value in ranked)
         lines += [line] if len(found) >= FEWEST_RUNS else []
-    means = {name: statistics.fmean(found) for name, found in within.items() if found}
+    means = {group: {name: statistics.fmean(v) for name, v in of.items() if v} for group, of in found_by.items()}
+    means = {group: dict(sorted(of.items(), key=lambda item: -item[1])) for group, of in means.items() if of}
     if not means:
         return NOT_SEEN, as_table(lines)
-    text = "Mean over systems of Spearman's rank correlation within a system: " + ", ".join(
-        f"{name} {value:.2f}" for name, value in sorted(means.items(), key=lambda item: -item[1])
-    )
-    text += f". In the table: the correlation with {' / '.join(WITH_LABELS)}."
-    return (CONFIRMED if max(means.values()) > 0.8 else REFUTED), f"{text}\n\n{as_table(lines)}"
+    told = [f"- over {group}: {', '.join(f'{name} {v:.2f}' for name, v in of.items())}" for group, of in means.items()]
+    good = [max(of.values()) > 0.8 for of in means.values()]
+    verdict = CONFIRMED if all(good) else NOT_SEEN if any(good) else REFUTED
+    return verdict, "\n".join([
+        "Spearman's rank correlation, mean over data sets, grids and scores:", "", *told, "",
+        f"In the table: the correlation with {' / '.join(WITH_LABELS)}.", "", as_table(lines),
+    ])  # fmt: skip
 
 
 def runs_by_system(results):
@@ -378,7 +382,7 @@ def runs_by_system(results):
                 found = {cell.name: r for cell in tried if (r := experiment.read(cell)) is not None and done(r)}
                 yield column["name"], f"grid of {row['name']}", list(found.values())
         finals = [r for row in rows for r in experiment.finals(row, column) if done(r)]
-        yield column["name"], "CPLearn's rows", [r for r in finals if r["row"] in CPLEARN]
+        yield column["name"], OWN_ROWS, [r for r in finals if r["row"] in CPLEARN]
         yield column["name"], ALL_SYSTEMS, finals
 
 

@@ -15,8 +15,8 @@ A [[figure]] of the experiment's file has a `kind`:
 
 and `name`, `paper` (such as "Figure 5"), `rows` (patterns) and `columns` (only these), `about` (a line below the name),
 `axes`: what matplotlib's Axes.set takes. In lines, log and epochs a panel is a column and key, and a line is a row.
-Shown are the mean over seeds and, as a band, one standard deviation to either side. A row that has not been run or that
-failed is left out, and said.
+Shown are the mean over seeds and, as a band, the range from the lowest seed to the highest. A row that has not been run
+or that failed is left out, and said.
 """
 
 import math
@@ -179,11 +179,9 @@ def draw_series(axis, series, style):
 def draw_means(axis, x, values, style):
     """values: of each x the seeds' values."""
     values = np.array(values, dtype=float)
-    mean, several = values.mean(1), values.shape[1] > 1
-    axis.plot(x, mean, **{"marker": "o" if len(x) < 30 else None, "ms": 4} | style)
-    if several:
-        spread = values.std(1, ddof=1)
-        axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.2, lw=0)
+    axis.plot(x, values.mean(1), **{"marker": "o" if len(x) < 30 else None, "ms": 4} | style)
+    if values.shape[1] > 1:
+        axis.fill_between(x, values.min(1), values.max(1), color=style["color"], alpha=0.2, lw=0)
 
 
 def kept_series(experiment, figure, result, key):

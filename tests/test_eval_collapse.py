@@ -147,6 +147,20 @@ def test_several_models_and_baselines_in_one_table(run, tmp_path):
     assert not any("tsne" in name or "entropy" in name for name in drawn)
 
 
+def test_the_highest_rank_is_named_where_several_of_cplearns_can_be_compared(run, folder, tmp_path):
+    torch.manual_seed(3)
+    backbone = build_backbone("resnet8", width=8)
+    other = write_checkpoint(tmp_path / "other.pth", make_head(), backbone)
+    narrow = write_checkpoint(tmp_path / "narrow.pth", CPLearnHead(4, 32), build_backbone("resnet8", width=4))
+    few = ["--gmm_components", "--tsne_samples", 0, "--output_dir", tmp_path]
+    told = run("cplearn.pth", other, flags=few).out
+    rows = json.loads((tmp_path / "results_collapse.json").read_text())["rows"]
+    best = max(rows, key=lambda row: row["rankme"])["checkpoint"]
+    assert f"the highest RankMe of CPLearn's is that of {best}." in told
+    for alone in (("bare.pth", other), (narrow, other)):
+        assert "highest RankMe" not in run(*alone, flags=few).out
+
+
 def test_wide_features_are_left_out_with_a_note(run, monkeypatch):
     monkeypatch.setattr(eval_collapse, "MAX_COVARIANCE", 100)
     printed = run("bare.pth", flags=["--baselines", "--gmm_components"])
