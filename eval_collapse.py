@@ -214,8 +214,8 @@ def highest_rank(rows, models):
         return []
     best = own[ranks.index(max(ranks))]
     return [
-        f"Without labels: the highest RankMe of CPLearn's is that of {best['checkpoint']}. Of what was tried, RankMe ranks "
-        "runs of other codes and activations most like k-NN and linear accuracy; within one setting it says little "
+        f"Without labels: the highest RankMe of CPLearn's is that of {best['checkpoint']}. Of what was tried, RankMe "
+        "ranks runs of other codes and activations most like k-NN and linear accuracy; within one setting it says little "
         "(docs/results.md, Choosing without labels)."
     ]
 
