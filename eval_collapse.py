@@ -215,7 +215,7 @@ def highest_rank(rows, models):
     best = own[ranks.index(max(ranks))]
     return [
         f"Without labels: the highest RankMe of CPLearn's is that of {best['checkpoint']}. Of what was tried, RankMe "
-        "ranks runs of other codes and activations most like k-NN and linear accuracy; within one setting it says little "
+        "ranks runs of other codes and activations as k-NN and linear accuracy do; within one setting it says little "
         "(docs/results.md, Choosing without labels)."
     ]
 
