@@ -43,12 +43,10 @@ def main(argv=None):
     if args.images % args.kinds:
         raise UserError(f"--images {args.images}: expected a multiple of --kinds {args.kinds}, for equal frequencies")
     settings = {name: getattr(args, name) for name in ("kinds", "images", "img_size", "seed")}
-    found = describe_folder(args.output_dir, settings)
-    if not found:
-        write_whole(args.output_dir, settings)
+    told = describe_folder(args.output_dir, settings) or write_folder(args.output_dir, settings)
     per_kind = args.images // args.kinds
     print(
-        f"{args.output_dir}: {found or 'written'}; {args.kinds} kinds, log {args.kinds} = {math.log(args.kinds):.4f} "
+        f"{args.output_dir}: {told}; {args.kinds} kinds, log {args.kinds} = {math.log(args.kinds):.4f} "
         f"nats; {per_kind} images of {args.img_size} px of each kind in train/, {num_val(per_kind)} in val/"
     )
 
@@ -78,8 +76,9 @@ def describe_folder(folder, settings):
     return "kept as it is, of the same settings"
 
 
-def write_whole(folder, settings):
-    """Beside its place first, so that a folder of that name is whole. Raises UserError where it cannot be written."""
+def write_folder(folder, settings):
+    """Beside its place first, so that a folder of that name is whole; where another process has written it meanwhile,
+    its folder stays. Returns a word on it. Raises UserError where it cannot be written, or is of other settings."""
     folder = Path(folder)
     make_folder(folder.parent)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -88,7 +87,10 @@ def write_whole(folder, settings):
         (aside / SETTINGS).write_text(json.dumps(settings) + "\n")
         aside.chmod(0o755)
         os.rename(aside, folder)
+        return "written"
     except OSError as error:
+        if described := describe_folder(folder, settings):
+            return described
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 
@@ -96,6 +97,23 @@ def test_the_same_settings_keep_the_folder_and_others_are_refused(tmp_path, caps
         assert said in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["planted"]
+
+
+def test_of_two_that_write_one_folder_at_once_both_end_well(tmp_path, monkeypatch, capsys):
+    """As two cells of one experiment do: the second is whole before the first is."""
+    folder, write_kinds = tmp_path / "planted", planted.write_kinds
+    words = ["--kinds", "2", "--images", "20", "--img_size", "4", str(folder)]
+
+    def second_ends_first(*args, **settings):
+        monkeypatch.setattr(planted, "write_kinds", write_kinds)
+        planted.main(words)
+        write_kinds(*args, **settings)
+
+    monkeypatch.setattr(planted, "write_kinds", second_ends_first)
+    planted.main(words)
+    first, second = capsys.readouterr().out.splitlines()
+    assert ": written;" in first and ": kept as it is, of the same settings;" in second
+    assert sum(1 for _ in folder.glob("train/*/*.png")) == 20 and os.listdir(tmp_path) == ["planted"]
 
 
 def test_what_fails_halfway_leaves_nothing(tmp_path, monkeypatch, capsys):

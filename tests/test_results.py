@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -25,11 +26,10 @@ def test_the_page_is_what_the_results_come_to(page):
 
 def test_outside_of_blocks_the_page_has_no_result():
     """Numbers in its prose are sizes and settings, named here; scores stand in blocks alone."""
-    prose = pages.BLOCK.sub("", PAGE.read_text())
+    prose = re.sub(r"!\[.*?\]\(.*?\)", "", pages.BLOCK.sub("", PAGE.read_text()))
     numbers = {word.strip(".,;:()%") for word in prose.split() if any(c.isdigit() for c in word)}
-    assert numbers <= {"28", "32", "0.07", "0.8", "800", "1", "l2", "75", "CIFAR-10", "cifar10=FOLDER`"}, (
-        "say it in a block"
-    )
+    names = {"l2", "20-NN", "CIFAR-10", "cifar10=FOLDER`"}
+    assert numbers - names <= {"28", "32", "0.07", "0.8", "800", "1", "75"}, "say it in a block"
 
 
 def test_committed_cells_tell_what_they_were():
@@ -192,6 +192,39 @@ def test_the_first_warning_is_the_first_line_below_a_quarter_after_the_warm_up()
     result = {"lines": lines | {"train_lr": [1e-3, 2e-3, 1.9e-3, 1.5e-3]}}
     assert claims.first_warning(result, 1024) == 100  # 128 / 4 = 32
     assert claims.first_warning(result, 16) == 110  # 16 / 4
+
+
+def plant_betas(results, last, few):
+    """One seed of every beta of K = 128: K exp(-prior) of its last line, and whether few codes were in use."""
+    experiment = read_experiment(ROOT / "beta.toml", "short", results=results)
+    for row in [row for row in experiment.rows() if row["flags"]["out_dim"] == 128]:
+        beta, path = row["flags"]["beta"], experiment.path(experiment.cell(row, experiment.columns()[0], 0, {}))
+        scores = {"collapse": [{"checkpoint": "trained", "verdict": "cluster" if few(beta) else "none"}],
+                  "knn": [{"checkpoint": "trained", "top1": 50 - beta}]}  # fmt: skip
+        lines = {"step": [10, 20], "train_lr": [2.0, 1.0], "batch_perplexity": [128, last(beta)]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines["images_per_mean"] = [128, 128]
+        path.write_text(json.dumps({"status": "done", "row": row["name"], "scores": scores, "lines": lines}))
+
+
+@pytest.mark.parametrize(
+    "cliff, verdict, holds, falls", [(1.0, claims.CONFIRMED, "1.0", "1.1"), (0.5, claims.REFUTED, "0.5", "0.75")]
+)
+def test_the_cliff_is_where_the_prior_gives_way(tmp_path, cliff, verdict, holds, falls):
+    plant_betas(tmp_path, last=lambda beta: 64 if beta <= cliff else 63, few=lambda beta: beta > 1.5)
+    told = claims.CLAIMS["beta"](tmp_path)
+    (line,) = lines_of(told)
+    assert f"Verdict: **{verdict}**" in told and list(line.values())[2:4] == [holds, falls]
+    assert list(line.values())[-1] == "2.0" and line["20-NN there"] == f"{50 - cliff:.1f} → {50 - float(falls):.1f}"
+
+
+@pytest.mark.parametrize("last, verdict", [(31, claims.CONFIRMED), (33, claims.REFUTED)])
+def test_the_warning_is_judged_by_the_verdict_of_the_evaluation(tmp_path, last, verdict):
+    plant_betas(tmp_path, last=lambda beta: last if beta > 1 else 100, few=lambda beta: beta > 1)
+    told = claims.CLAIMS["warning"](tmp_path)
+    number = {31: 4, 33: 0}[last]  # betas 1.1, 1.25, 1.5, 2.0
+    assert f"Verdict: **{verdict}**" in told and "7 runs of" in told and f" {number} were told" in told
+    assert f"of 4 whose prior had given way by the last line {number} were told, of 3 whose prior held 0." in told
 
 
 def test_every_claim_says_so_where_nothing_has_been_run(tmp_path):
