@@ -111,14 +111,21 @@ def describe(values, form):
     return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
 
 
+LEVELS = {  # what a score would be by chance, and for whom
+    "nmi_chance": "the same codes under permuted labels",
+    "alignment_chance": "codes in random directions",
+}
+
+
 def caption(experiment, columns, scores):
     """What a reader must know of a table, and the command that makes it."""
     results = [result for column in columns for row in experiment.rows() for result in experiment.finals(row, column)]
     seeds = sorted({result["seed"] for result in results})
     commits = sorted({commit for result in results for commit in result["commit"].split(", ")})
     cpu = sum(sum(result["cpu_s"].values()) for result in results) / 3600
-    has_chance = any("chance" in score for score in scores)
-    chance = " In brackets: the same codes under permuted labels." if has_chance else ""
+    keys = [score["chance"].split(".")[-1] for score in scores if "chance" in score]
+    levels = [LEVELS.get(key, key) for key in keys]
+    chance = f" In brackets: {'; '.join(levels)}." if levels else ""
     return (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {len(results)} cells, {cpu:.1f} CPU-hours "
         f"with their evaluations, commit {', '.join(commits)}.{chance} "

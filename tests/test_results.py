@@ -132,6 +132,14 @@ def test_what_is_missing_or_failed_is_said(experiment):
     assert second["linear"] == "failed (1 of 1)"
 
 
+@pytest.mark.parametrize(
+    "name, level", [("comparison", "the same codes under permuted labels"), ("theorem1", "codes in random directions")]
+)
+def test_a_level_of_chance_is_named_for_what_it_is(name, level):
+    of = read_experiment(ROOT / f"{name}.toml", "short")
+    assert f"In brackets: {level}." in tables.table(of, of.columns()[1])
+
+
 def test_what_has_not_been_run_is_no_table_of_dashes(experiment):
     command = "`python run_experiments.py experiments/mine.toml --budget short`"
     assert tables.table(experiment, experiment.columns()[0]) == f"C: not run yet. {command}"
