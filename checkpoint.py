@@ -424,13 +424,14 @@ def set_aside(folder):
 # ---- files: plain data, written whole or not at all ------------------------------------------------------------------
 
 
-def save_checkpoint(state, path):
+def save_checkpoint(state, path, alone=True):
     """Write `state` beside `path`, force it to disk, then rename: at any moment `path` is a whole checkpoint.
 
     Raises OSError when it cannot be written (disk full, read-only folder); what was at `path` is then untouched.
+    alone: as in `replace_file`; a run holds its folder's lock.
     """
     try:
-        with replace_file(path, alone=True) as file:
+        with replace_file(path, alone) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) else "the write failed; is the disk full?"

@@ -411,7 +411,8 @@ def plot_views(views, mean, std, path, num_images=8):
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
     rows = [F.interpolate(as_picture(view[:num_images].float().cpu() * std + mean), size) for view in views]
     grid = torchvision.utils.make_grid(torch.cat(rows).clamp(0, 1), nrow=len(rows[0]), padding=2, pad_value=1)
-    torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 128 // size[0])), path)
+    with replace_file(path, alone=True) as file:  # of a run, which holds its folder's lock
+        torchvision.utils.save_image(F.interpolate(grid[None], scale_factor=max(1, 128 // size[0])), file, "png")
 
 
 def memory_mb(device):

@@ -25,6 +25,7 @@ from PIL import Image
 import main_cplearn
 from benchmarks.head import machine
 from monitor import RunLog
+from running.files import write_whole
 from running.watch import Watch
 
 MODEL = (
@@ -63,7 +64,7 @@ def main(args):
         print(f"| {parts} | {median:.3f} | {ratio:.2f} | {expected:.2f} | {peak:.0f} |", flush=True)
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
 
 
 def times(args):

@@ -21,6 +21,7 @@ from pathlib import Path
 import main_cplearn
 from benchmarks import step
 from benchmarks.head import machine
+from running.files import write_whole
 
 REFERENCE = ["--arch", "vit_small", "--batch_size_per_gpu", "8", "--out_dim", "65536", "--precision", "bf16"]
 UNTIMED = 3  # steps before the first that counts: memory is taken, tiles are compiled
@@ -73,7 +74,7 @@ def main(args):
     print(f"\nthis code to {args.commit}: {ours / theirs:.3f}")
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "ratio": ours / theirs, "steps": found}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
 
 
 def git(*words):

@@ -17,6 +17,7 @@ import torch
 
 import vision_transformer
 from benchmarks.head import machine
+from running.files import write_whole
 from utils import PRECISIONS
 
 
@@ -45,7 +46,7 @@ def main(args):
             print("| {batch} | {form} | {cpu_s:.3f} | {against} | {ratio:.3f} |".format(**row), flush=True)
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
 
 
 def measure(args, batch):

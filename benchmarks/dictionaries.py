@@ -25,6 +25,7 @@ from evaluation import extract_features
 from evaluation.knn import knn_accuracy
 from images import open_dataset
 from pretrained import load_pretrained
+from running.files import write_whole
 
 RUN_FLAGS = shlex.split(
     "--augmentation dino --arch resnet8 --width 64 --out_dim 1024 --beta 0.5 --batch_size_per_gpu 64 --lr 4e-3 "
@@ -49,7 +50,7 @@ def main(args):
         for name, flags in (item.split("=", 1) for item in args.data):
             for dictionary in args.dictionaries:
                 results.append(one_run(args, name, shlex.split(flags), dictionary, seed))
-                (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+                write_whole(args.output_dir / "results.json", json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

@@ -33,6 +33,8 @@ from torch.nn import functional as F
 from cplearn_head import code_temperature, cplearn_loss, prior_loss
 from dictionary import STORAGES, Dictionary, HadamardDictionary, base_order
 from fused_loss import fused_cplearn_loss
+from monitor import save_figure
+from running.files import write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -68,7 +70,7 @@ def main(args):
     if args.output:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "memory_of"}
         record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot, args.device)
 
@@ -359,7 +361,7 @@ def plot(results, path, device):
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def table(rows):

@@ -38,6 +38,7 @@ from benchmarks.head import (
     three_digits,
 )
 from objective import Course
+from running.files import write_whole
 
 FORMS = {  # name: flags of main_cplearn.py, --out_dim aside
     "cplearn, dense": "--objective cplearn --head_impl dense",
@@ -85,7 +86,7 @@ def main(args):
     if args.output:
         settings = {k: v for k, v in vars(args).items() if k not in ("output", "memory_only")}
         record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
 
 
 def measure(args, num_codes):

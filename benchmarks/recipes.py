@@ -49,6 +49,7 @@ from cplearn_head import CPLearn, CPLearnHead, cplearn_loss
 from data import resolve_dataset_defaults
 from dictionary import Dictionary
 from fused_loss import MANY_ON_GPU
+from running.files import write_whole
 from utils import UserError
 
 IMAGENET100, IMAGENET = 126_689, 1_281_167  # training images
@@ -132,7 +133,7 @@ def main(args):
     print(f"Computed, not run.\n\n{table(kinds)}\n\n{table(runs)}")
     if args.json:
         settings = {name: str(value) if name == "json" else value for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"settings": settings, "models": kinds, "runs": runs}, indent=1) + "\n")
+        write_whole(args.json, json.dumps({"settings": settings, "models": kinds, "runs": runs}, indent=1) + "\n")
 
 
 def plan(args, arch, num_codes, images, effective_batch, num_gpus):

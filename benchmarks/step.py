@@ -46,6 +46,7 @@ import main_cplearn
 from benchmarks.head import machine
 from benchmarks.recipes import count_flops, is_product
 from monitor import RunLog, memory_mb
+from running.files import write_whole
 from running.watch import Watch
 from utils import PRECISIONS, positive
 
@@ -105,7 +106,7 @@ def main(args):
         print_parts(name, row["parts"], row["floor"])
     if args.output:
         record = {"command": sys.orig_argv[1:], "machine": machine(), "device": args.device, "results": rows}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(args.output, json.dumps(record, indent=1) + "\n")
 
 
 def fit_to_device(args):

@@ -20,10 +20,8 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import time
-import uuid
 from importlib import metadata
 from pathlib import Path
 
@@ -41,7 +39,7 @@ import utils
 from backbones import lay_out
 from monitor import PALETTE, pyplot  # noqa: F401 (the figures of all evaluations)
 from pretrained import PretrainedModel, split_key
-from running.files import replace_file, write_whole
+from running.files import new_folder, replace_file, write_whole
 from running.watch import Watch
 from utils import UserError
 
@@ -309,19 +307,15 @@ def extract_all(models, *image_sets):
 def store_features(folder, matrix, codes, meaning):
     """Write a folder of features, whole or not at all, which `load_features` and numpy read. Where another evaluation
     has written it meanwhile, its features stay: they are equal."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # this evaluation's own
     try:
-        aside.mkdir()
-        np.save(aside / "features.npy", matrix.numpy())
-        if codes is not None:
-            np.save(aside / "codes.npy", codes.numpy())
-        (aside / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
-        os.replace(aside, folder)
+        with new_folder(folder) as aside:
+            np.save(aside / "features.npy", matrix.numpy())
+            if codes is not None:
+                np.save(aside / "codes.npy", codes.numpy())
+            (aside / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
     except OSError as error:
         if not folder.is_dir():
             raise UserError(f"--features_dir {folder.parent}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def date_of(folder):

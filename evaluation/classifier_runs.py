@@ -75,7 +75,7 @@ class ClassifierRun:
         print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {line['train_loss']:.4f}{tested}", flush=True)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_checkpoint(self.state_dict(), self.folder / self.KEPT)
+            checkpoint.save_checkpoint(self.state_dict(), self.folder / self.KEPT, alone=False)
             write_whole(self.folder / self.LOG, "".join(json.dumps(line) + "\n" for line in self.log))
 
     def resume(self):

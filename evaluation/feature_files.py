@@ -17,11 +17,10 @@ a map, whose pages would count as memory. N: images.
 
 import json
 import os
-import shutil
-import uuid
 
 import numpy as np
 
+from running.files import new_folder
 from utils import UserError
 
 READ_BYTES = 2**26  # that `read` holds at a time
@@ -43,15 +42,12 @@ def make_or_check(folder, meaning):
 def make(folder, meaning):
     """Beside its place, then renamed: a folder that is there has all its files."""
     final = folder.path
-    folder.path = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        folder.path.mkdir(parents=True)
-        folder.make_files()
-        (folder.path / "done").write_bytes(bytes(folder.num_blocks))
-        (folder.path / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
-        os.replace(folder.path, final)
+        with new_folder(final) as folder.path:
+            folder.make_files()
+            (folder.path / "done").write_bytes(bytes(folder.num_blocks))
+            (folder.path / "meaning.json").write_text(json.dumps(meaning, indent=2) + "\n")
     finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
         folder.path = final
 
 

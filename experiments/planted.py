@@ -19,10 +19,7 @@ import io
 import itertools
 import json
 import math
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 if not __package__:  # python experiments/planted.py
@@ -31,6 +28,7 @@ if not __package__:  # python experiments/planted.py
 import numpy as np
 from PIL import Image
 
+from running.files import new_folder
 from utils import ArgumentParser, Number, UserError, command_line, make_folder
 
 SETTINGS = "planted.json"
@@ -81,19 +79,15 @@ def write_folder(folder, settings):
     its folder stays. Returns a word on it. Raises UserError where it cannot be written, or is of other settings."""
     folder = Path(folder)
     make_folder(folder.parent)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        write_kinds(aside, **settings)
-        (aside / SETTINGS).write_text(json.dumps(settings) + "\n")
-        aside.chmod(0o755)
-        os.rename(aside, folder)
+        with new_folder(folder) as aside:
+            write_kinds(aside, **settings)
+            (aside / SETTINGS).write_text(json.dumps(settings) + "\n")
         return "written"
     except OSError as error:
         if described := describe_folder(folder, settings):
             return described
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_kinds(folder, kinds, images, img_size, seed):

@@ -9,12 +9,10 @@ compared), .write(folder), .open(folder, device) -> a function of images (B, C, 
 """
 
 import importlib
-import os
-import shutil
-import uuid
 
 import torch
 
+from running.files import new_folder
 from utils import UserError, one_line
 
 TOLERANCE = 1e-4  # of a feature, in float32
@@ -32,17 +30,13 @@ def check_packages(form, flag):
 
 def write_checked(folder, form, card, model, device, checkpoint):
     """Everything beside `folder`, opened once by the form's program, then renamed: a folder that is there is whole."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")  # of this process alone
     try:
-        aside.mkdir(parents=True)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        write(aside, form, folder)
-        check(aside, form, model.to(device), device, checkpoint)
-        os.replace(aside, folder)
+        with new_folder(folder) as aside:
+            (aside / "README.md").write_text(card, encoding="utf-8")
+            write(aside, form, folder)
+            check(aside, form, model.to(device), device, checkpoint)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write(aside, form, folder):

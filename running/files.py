@@ -1,7 +1,7 @@
 """Files that are whole or not there, and folders that one process holds.
 
     with replace_file(path) as file: ...      write_whole(path, content)      append_whole(path, content)
-    lock = lock_folder(folder)
+    with new_folder(folder) as aside: ...      lock = lock_folder(folder)
 
 What was saved before is lost neither to a full disk nor to a kill: it is replaced by what is whole, or it stays.
 """
@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import uuid
 from pathlib import Path
@@ -46,7 +47,7 @@ def replace_file(path, alone=False):
             yield file
         return
     path = path if alone else path.resolve()
-    aside = path.with_name(f".{path.name}{'' if alone else f'.{uuid.uuid4().hex[:8]}'}.tmp")
+    aside = path.with_name(f".{path.name}.tmp" if alone else _name_of_its_own(path))
     try:
         with open(aside, "wb") as file:
             yield file
@@ -58,6 +59,24 @@ def replace_file(path, alone=False):
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yields a folder beside `folder`, this process's own, which takes its place if nothing is raised: a folder that is
+    there has all its files. Raises OSError, also where another process has written `folder` meanwhile."""
+    folder = Path(folder)
+    aside = folder.with_name(_name_of_its_own(folder))
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_of_its_own(path):
+    return f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
 
 
 def _fsync_folder(folder):
