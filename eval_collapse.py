@@ -102,8 +102,8 @@ def analyse(evaluated, features, codes, args):
         some = collapse.some_indices(len(features), TIGHTNESS_ROWS, args.seed)
         tightness.append(collapse.tightness(features[some], codes[some]))
         pictures["codes"] = codes[sample]
-    objective = evaluated.model.settings.get("objective") or "cplearn"  # older files do not say it
-    if isinstance(head, CPLearnHead) and objective == "cplearn":
+    objective = objective_of(evaluated)
+    if is_cplearns(evaluated):
         device = evaluated.device if evaluated.device.type == "cuda" else torch.device("cpu")  # mps has no float64
         h = collapse.embed(head, features, device)
         of_theory, curves["embedding_spectrum"], of_pictures = analyse_embeddings(h, codes, evaluated, args, device)
@@ -120,6 +120,14 @@ def analyse(evaluated, features, codes, args):
         pictures["tsne"] = positions, rows, None if codes is None else codes[rows]
     told = verdicts(row, curves["spectrum"], tightness, usage, len(features), entropy)
     return dict(**row, **told), curves, pictures
+
+
+def objective_of(evaluated):
+    return evaluated.model.settings.get("objective") or "cplearn"  # older files do not say it
+
+
+def is_cplearns(evaluated):
+    return isinstance(evaluated.model.head, CPLearnHead) and objective_of(evaluated) == "cplearn"
 
 
 def analyse_features(features, args):
@@ -209,7 +217,7 @@ def report(rows, curves, args, models, num_images):
 
 def highest_rank(rows, models):
     """A note on choosing without labels, where several of CPLearn's checkpoints have features of one width."""
-    own = [row for row, evaluated in zip(rows, models, strict=True) if isinstance(evaluated.model.head, CPLearnHead)]
+    own = [row for row, evaluated in zip(rows, models, strict=True) if is_cplearns(evaluated)]
     if len(own) < 2 or len({row["width"] for row in own}) > 1 or None in (ranks := [row["rankme"] for row in own]):
         return []
     best = own[ranks.index(max(ranks))]

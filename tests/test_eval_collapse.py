@@ -157,7 +157,8 @@ def test_the_highest_rank_is_named_where_several_of_cplearns_can_be_compared(run
     rows = json.loads((tmp_path / "results_collapse.json").read_text())["rows"]
     best = max(rows, key=lambda row: row["rankme"])["checkpoint"]
     assert f"the highest RankMe of CPLearn's is that of {best}." in told
-    for alone in (("bare.pth", other), (narrow, other)):
+    frozen = write_checkpoint(tmp_path / "frozen.pth", make_head(), backbone, objective="self_classifier")
+    for alone in (("bare.pth", other), (narrow, other), (frozen, other)):
         assert "highest RankMe" not in run(*alone, flags=few).out
 
 
