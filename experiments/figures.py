@@ -177,11 +177,11 @@ def draw_series(axis, series, style):
 
 
 def draw_means(axis, x, values, style):
-    """values: of each x the seeds' values."""
-    values = np.array(values, dtype=float)
-    axis.plot(x, values.mean(1), **{"marker": "o" if len(x) < 30 else None, "ms": 4} | style)
-    if values.shape[1] > 1:
-        axis.fill_between(x, values.min(1), values.max(1), color=style["color"], alpha=0.2, lw=0)
+    """values: of each x the values of the seeds that have been run."""
+    axis.plot(x, [np.mean(of_x) for of_x in values], **{"marker": "o" if len(x) < 30 else None, "ms": 4} | style)
+    if any(len(of_x) > 1 for of_x in values):
+        lowest, highest = ([end(of_x) for of_x in values] for end in (np.min, np.max))
+        axis.fill_between(x, lowest, highest, color=style["color"], alpha=0.2, lw=0)
 
 
 def kept_series(experiment, figure, result, key):

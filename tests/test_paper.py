@@ -130,6 +130,12 @@ def test_a_curve_is_the_mean_over_seeds_with_chance_and_the_papers_value(plt, ke
     assert {60, 70} == set(band[band[:, 0] == 4, 1])  # the seeds of the first point
 
 
+def test_a_curve_is_drawn_of_the_seeds_that_have_been_run(plt, kept):
+    kept.path(next(cell for cell in kept.plan() if cell.seed and cell.flags["out_dim"] == 16)).unlink()
+    drawn = figures.draw_curve(plt, kept, {"name": "", "x": "out_dim", "scores": ["linear"]})
+    assert lines_of(drawn.axes[0])["A"] == [[4, 65], [16, 180]]  # two seeds, and the first
+
+
 def test_lines_have_a_panel_for_each_key_and_a_line_for_each_row(plt, kept):
     spectrum = {"name": "", "kind": "lines", "keys": ["collapse.curves.spectrum"]}
     assert lines_of(figures.draw_lines(plt, kept, spectrum).axes[0])["K = 16"] == [[1, 3], [2, 1]]
