@@ -64,7 +64,8 @@ def replace_file(path, alone=False):
 @contextlib.contextmanager
 def new_folder(folder):
     """Yields a folder beside `folder`, this process's own, which takes its place if nothing is raised: a folder that is
-    there has all its files. Raises OSError, also where another process has written `folder` meanwhile."""
+    there has all its files. What kill -9 leaves, .NAME.*.tmp, stands in nobody's way and may be deleted. Raises
+    OSError, also where another process has written `folder` meanwhile."""
     folder = Path(folder)
     aside = folder.with_name(_name_of_its_own(folder))
     try:

@@ -203,9 +203,9 @@ def test_the_card_holds_settings_results_and_commands_that_run(tmp_path, monkeyp
 
 def test_the_files_are_whole_and_open(tmp_path):
     path, _ = ours(tmp_path / "checkpoint.pth", "vit_tiny", img_size=32, patch_size=8)
-    (tmp_path / "below" / ".out.tmp" / "left by a run that was killed").mkdir(parents=True)
+    (tmp_path / "below" / ".out.0a1b2c3d.tmp").mkdir(parents=True)  # of another export, killed or still at work
     export(path, tmp_path / "below" / "out")
-    assert sorted(p.name for p in (tmp_path / "below").iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "below").iterdir()) == [".out.0a1b2c3d.tmp", "out"]
     assert sorted(p.name for p in (tmp_path / "below" / "out").iterdir()) == [
         "README.md", "config.json", "model.safetensors",
     ]  # fmt: skip
