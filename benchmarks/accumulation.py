@@ -9,7 +9,6 @@ arithmetic, a backward pass being two forward passes, M micro-batches cost 1 + (
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,9 +22,8 @@ import torch
 from PIL import Image
 
 import main_cplearn
-from benchmarks.head import machine
+from benchmarks.head import save_record
 from monitor import RunLog
-from running.files import write_whole
 from running.watch import Watch
 
 MODEL = (
@@ -63,8 +61,7 @@ def main(args):
         rows[parts] = {"cpu_s": median, "ratio": ratio, "expected": expected, "peak_mb": peak}
         print(f"| {parts} | {median:.3f} | {ratio:.2f} | {expected:.2f} | {peak:.0f} |", flush=True)
     if args.output:
-        record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, results=rows)
 
 
 def times(args):

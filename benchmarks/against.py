@@ -10,7 +10,6 @@ Prints medians and their ratio, and JSON by --output.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import main_cplearn
 from benchmarks import step
-from benchmarks.head import machine
-from running.files import write_whole
+from benchmarks.head import save_record
 
 REFERENCE = ["--arch", "vit_small", "--batch_size_per_gpu", "8", "--out_dim", "65536", "--precision", "bf16"]
 UNTIMED = 3  # steps before the first that counts: memory is taken, tiles are compiled
@@ -73,8 +71,7 @@ def main(args):
     theirs, ours = (statistics.median(seconds for seconds, *_ in steps) for steps in found.values())
     print(f"\nthis code to {args.commit}: {ours / theirs:.3f}")
     if args.output:
-        record = {"command": sys.orig_argv[1:], "machine": machine(), "ratio": ours / theirs, "steps": found}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, ratio=ours / theirs, steps=found)
 
 
 def git(*words):

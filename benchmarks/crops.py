@@ -7,17 +7,14 @@ median over repeats of a form's time to that of the form it stands against. Imag
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import vision_transformer
-from benchmarks.head import machine
-from running.files import write_whole
+from benchmarks.head import save_record
 from utils import PRECISIONS
 
 
@@ -45,8 +42,7 @@ def main(args):
             rows.append(row)
             print("| {batch} | {form} | {cpu_s:.3f} | {against} | {ratio:.3f} |".format(**row), flush=True)
     if args.output:
-        record = {"command": sys.orig_argv[1:], "machine": machine(), "results": rows}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, results=rows)
 
 
 def measure(args, batch):

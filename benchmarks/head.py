@@ -69,8 +69,7 @@ def main(args):
     results = {num_codes: measure(args, num_codes) for num_codes in args.num_codes}
     if args.output:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "memory_of"}
-        record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, settings=settings, results=results)
     if args.plot:
         plot(results, args.plot, args.device)
 
@@ -387,6 +386,12 @@ def machine():
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
+
+
+def save_record(path, **found):
+    """One JSON: a measurement, the command that made it and the machine."""
+    record = {"command": sys.orig_argv[1:], "machine": machine()} | found
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,15 @@ from torch import nn
 import data
 import main_cplearn
 from benchmarks.head import (
-    machine,
     output_of,
     process_memory,
     release_memory,
+    save_record,
     shown_time,
     synchronize,
     three_digits,
 )
 from objective import Course
-from running.files import write_whole
 
 FORMS = {  # name: flags of main_cplearn.py, --out_dim aside
     "cplearn, dense": "--objective cplearn --head_impl dense",
@@ -85,8 +84,7 @@ def main(args):
     print(table(results, args.device))
     if args.output:
         settings = {k: v for k, v in vars(args).items() if k not in ("output", "memory_only")}
-        record = {"command": sys.orig_argv[1:], "settings": settings, "machine": machine(), "results": results}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, settings=settings, results=results)
 
 
 def measure(args, num_codes):

@@ -26,7 +26,6 @@ import dataclasses
 import functools
 import gc
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -43,10 +42,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import main_cplearn
-from benchmarks.head import machine
+from benchmarks.head import save_record
 from benchmarks.recipes import count_flops, is_product
 from monitor import RunLog, memory_mb
-from running.files import write_whole
 from running.watch import Watch
 from utils import PRECISIONS, positive
 
@@ -105,8 +103,7 @@ def main(args):
     for name, row in rows.items():
         print_parts(name, row["parts"], row["floor"])
     if args.output:
-        record = {"command": sys.orig_argv[1:], "machine": machine(), "device": args.device, "results": rows}
-        write_whole(args.output, json.dumps(record, indent=1) + "\n")
+        save_record(args.output, device=args.device, results=rows)
 
 
 def fit_to_device(args):

@@ -410,7 +410,9 @@ def choice(results):
     good = [max(of.values()) > 0.8 for of in means.values()]
     verdict = CONFIRMED if all(good) else NOT_SEEN if any(good) else REFUTED
     return verdict, "\n".join([
-        "Spearman's rank correlation, mean over data sets, grids and scores:", "", *told, "",
+        "Spearman's rank correlation, mean over data sets, grids and scores, each over the runs that have it: codes in "
+        "use and perplexity over those with codes, gap, gap / trivial and information over CPLearn's alone.",
+        "", *told, "",
         f"In the table: the correlation with {' / '.join(WITH_LABELS)}.", "", as_table(lines),
     ])  # fmt: skip
 

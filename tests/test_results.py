@@ -301,3 +301,31 @@ def test_the_demo_of_the_page_is_the_demo_of_the_makefile():
     _, chosen = experiment.search(row, column)
     ours = main_cplearn.get_args_parser().parse_args(words_of(experiment.flags(row, column) | (chosen or {})))
     assert vars(main_cplearn.get_args_parser().parse_args(words)) == vars(ours)
+
+
+def run_of_theorem1(information, gap_share, knn):
+    scores = {
+        "collapse": [{"checkpoint": "trained", "information": information, "gap_share": gap_share}],
+        "knn": [{"checkpoint": "trained", "top1": knn}],
+    }
+    return {"status": "done", "scores": scores}
+
+
+def test_theorem_1_says_what_ranks_runs_as_k_nn_does_over_all_and_within_one_k():
+    gaps = [5, 3, 4, 2, 1]  # of runs in the order of their 20-NN: two neighbours are swapped
+    of_k = {k: [run_of_theorem1(k + n, k + gap, k + n) for n, gap in enumerate(gaps)] for k in (10, 20)}
+    found = [run for runs in of_k.values() for run in runs]
+    assert claims.ranks_as_knn(found, "I") == pytest.approx(1)
+    assert claims.ranks_as_knn(found, "small gap / trivial") < 0  # the larger K has the larger gaps
+    assert claims.ranks_as_knn(of_k[10], "small gap / trivial") == pytest.approx(1 - 6 * 2 / (5 * 24))
+    told = claims.ranking({"I": 1.0}, of_k)
+    assert told.endswith("10 runs on real images: I 1.00; the last among the runs of one K, in the mean: 0.90")
+
+
+def test_how_often_the_bound_is_reached_is_told_by_its_best_beta():
+    told = claims.reaching({2: [1, 0.5], 4: [0, 0.5], 8: [0, 0]})
+    assert told == (
+        "log K - I below 0.05 nats with all K codes in use in every run of some beta for K = 2 and in some runs for "
+        "K = 4, of K = 2, 4, 8"
+    )
+    assert "in use in no run, of K = 8" in claims.reaching({8: [0, 0]})
